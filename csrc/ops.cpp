@@ -1,0 +1,28 @@
+// Every operator that PyTorch sees. Names begin with an underscore: these are raw kernels without gradients; the public functions of the
+// Python package check, choose a backend and differentiate.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY(pykernels, m) {
+  // One 64-bit seed from PyTorch's default generator, a 0-d int64 tensor.
+  m.def("_seed() -> Tensor", {at::Tag::nondeterministic_seeded});
+
+  // The 16-bit Philox draws of rows of activations, int32 [rows, n].
+  m.def("_random_bits(Tensor seed, int rows, int n, int stream, int step) -> Tensor");
+
+  // y, and for backward the activated value and the gate in one tensor [2, ...] (empty unless save).
+  m.def(
+      "_gated_conv_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? gate_weight, Tensor? gate_bias, Tensor? cond, Tensor? mask, "
+      "Tensor? lengths, Tensor? cu_seqlens, Tensor? seed, Tensor? packed, int dilation, str padding, str residual, str value_act, "
+      "str split, float gate_dropout, float gate_noise, bool save) -> (Tensor y, Tensor saved)");
+
+  // dx, dweight, dbias, dgate_weight, dgate_bias, dcond; those that are not needed are empty. Without saved the forward is recomputed.
+  m.def(
+      "_gated_conv_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? gate_weight, Tensor? gate_bias, Tensor? cond, "
+      "Tensor? mask, Tensor? lengths, Tensor? cu_seqlens, Tensor? seed, Tensor? saved, int dilation, str padding, str residual, "
+      "str value_act, str split, float gate_dropout, float gate_noise, bool[6] needs) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dgate_weight, Tensor dgate_bias, Tensor dcond)");
+
+  // The weights in the layout of this process's kernels, for inference with constant weights.
+  m.def("_gated_conv_pack(Tensor weight, Tensor? gate_weight, str split) -> Tensor");
+}

@@ -1,0 +1,62 @@
+#include "product_work.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+#include "parallel.h"
+
+namespace pykernels {
+
+Work::Work(const std::vector<Sequence>& sequences, int64_t Sequence::* count, int64_t rows, int64_t group) {
+  for (size_t s = 0; s < sequences.size(); s++) {
+    const int64_t total = sequences[s].*count, pieces = (total + rows - 1) / rows;
+    for (int64_t i = 0, first = 0; i < pieces; i++) {
+      const int64_t n = (total - first + pieces - i - 1) / (pieces - i);  // even pieces: no short one at the end
+      blocks_.push_back({static_cast<int64_t>(s), first, n});
+      first += n;
+    }
+  }
+  for (const Block& block : blocks_) {
+    if (!units_.empty() && units_.back().rows + block.rows <= group) {
+      units_.back().count++;
+      units_.back().rows += block.rows;
+    } else {
+      units_.push_back({&block, 1, block.rows});
+    }
+    max_rows_ = std::max(max_rows_, units_.back().rows);
+  }
+}
+
+void pack_all(const ProductWork& product, void* packed) {
+  parallel_items(product.columns, 0,
+                 [&](int64_t block, void*) { product.pack(static_cast<char*>(packed) + block * product.packed_bytes, block, block + 1); });
+}
+
+void run_product(const ProductWork& product, const Work& work, int64_t scratch_bytes, const void* prepacked) {
+  constexpr int64_t kActivationBytes = 1 << 20;  // what every thread can read again from its own cache
+  const int64_t wanted = 2 * at::get_num_threads(), columns = product.columns;
+  const auto block_of = [&](const void* packed, int64_t block) { return static_cast<const char*>(packed) + block * product.packed_bytes; };
+  if (work.size() < wanted || (columns >= wanted && product.activation_bytes <= kActivationBytes)) {
+    const int64_t items = columns % wanted == 0 ? wanted : std::min(columns, 2 * wanted);  // uneven shares are made smaller
+    const int64_t per_item = (columns + items - 1) / std::max<int64_t>(1, items);
+    const int64_t scratch_size = (scratch_bytes + 63) / 64 * 64;
+    parallel_items(items, scratch_size + (prepacked ? 0 : per_item * product.packed_bytes), [&](int64_t item, void* scratch) {
+      const int64_t begin = columns * item / items, end = columns * (item + 1) / items;
+      void* own = static_cast<char*>(scratch) + scratch_size;
+      if (!prepacked) product.pack(own, begin, end);
+      const void* packed = prepacked ? block_of(prepacked, begin) : own;
+      for (int64_t unit = 0; unit < work.size(); unit++) product.run(packed, work[unit], begin, end, scratch);
+    });
+    return;
+  }
+  at::Tensor buffer;
+  if (!prepacked) {
+    buffer = at::empty({columns * product.packed_bytes}, at::kByte);
+    pack_all(product, buffer.mutable_data_ptr());
+    prepacked = buffer.const_data_ptr();
+  }
+  parallel_items(work.size(), scratch_bytes, [&](int64_t item, void* scratch) { product.run(prepacked, work[item], 0, columns, scratch); });
+}
+
+}  // namespace pykernels

@@ -1,0 +1,43 @@
+// How a product of activations and packed weights is shared out among threads.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "gated_conv.h"
+
+namespace pykernels {
+
+// The rows of all sequences that `count` names (output rows, live ones, x rows), cut into blocks of at most `rows` and these into units of
+// work. Units take in several blocks while they have no more than `group` rows together, so that batches of very short sequences fill the
+// register tiles.
+class Work {
+ public:
+  Work(const std::vector<Sequence>& sequences, int64_t Sequence::* count, int64_t rows, int64_t group);
+
+  int64_t size() const { return static_cast<int64_t>(units_.size()); }
+  const Blocks& operator[](int64_t i) const { return units_[i]; }
+  int64_t max_rows() const { return max_rows_; }
+
+ private:
+  std::vector<Block> blocks_;
+  std::vector<Blocks> units_;
+  int64_t max_rows_ = 0;
+};
+
+struct ProductWork {
+  int64_t columns;           // column blocks
+  int64_t packed_bytes;      // of one of them
+  int64_t activation_bytes;  // of all rows
+  std::function<void(void* packed, int64_t begin, int64_t end)> pack;
+  std::function<void(const void* packed, const Blocks&, int64_t begin, int64_t end, void* scratch)> run;
+};
+
+void pack_all(const ProductWork& product, void* packed);
+
+// Runs every unit with every column block. Many rows: threads take units, and all use one packed copy of the weights. Few rows: threads
+// take columns, pack these for themselves and run all rows, so that no weight crosses from one core's cache to another's. Every element is
+// summed in the same order either way.
+void run_product(const ProductWork& product, const Work& work, int64_t scratch_bytes, const void* prepacked);
+
+}  // namespace pykernels

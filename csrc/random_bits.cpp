@@ -1,0 +1,74 @@
+#include "random_bits.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <torch/library.h>
+
+#include "cpu_tier.h"
+#include "parallel.h"
+
+namespace pykernels {
+
+namespace generic {
+extern const RandomBits random_bits;
+}
+#if defined(PYKERNELS_X86_TIERS)
+namespace avx2 {
+extern const RandomBits random_bits;
+}
+namespace avx512 {
+extern const RandomBits random_bits;
+}
+namespace avx512_bf16 {
+extern const RandomBits random_bits;
+}
+namespace amx {
+extern const RandomBits random_bits;
+}
+#endif
+
+namespace {
+
+RandomBits random_bits_kernel() {
+  switch (cpu_tier()) {
+#if defined(PYKERNELS_X86_TIERS)
+    case CpuTier::avx2: return avx2::random_bits;
+    case CpuTier::avx512: return avx512::random_bits;
+    case CpuTier::avx512_bf16: return avx512_bf16::random_bits;
+    case CpuTier::amx: return amx::random_bits;
+#endif
+    default: return generic::random_bits;
+  }
+}
+
+at::Tensor seed() {
+  auto generator = at::detail::getDefaultCPUGenerator();
+  std::lock_guard<std::mutex> lock(generator.mutex());
+  const uint64_t bits = at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
+  return at::scalar_tensor(static_cast<int64_t>(bits), at::kLong);
+}
+
+at::Tensor random_bits(const at::Tensor& seed, int64_t rows, int64_t n, int64_t stream, int64_t step) {
+  TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong && seed.dim() == 0, "seed: expected a 0-d int64 tensor, got ", seed.dim(), "-d ",
+                   seed.scalar_type());
+  TORCH_CHECK_VALUE(rows >= 0 && n >= 0, "rows, n: expected sizes >= 0, got ", rows, " and ", n);
+  at::Tensor draws = at::empty({rows, n}, at::kInt);
+  if (draws.numel() == 0) return draws;
+  const auto kernel = random_bits_kernel();
+  const auto bits = static_cast<uint64_t>(seed.item<int64_t>());
+  constexpr int64_t kRows = 64;
+  parallel_items((rows + kRows - 1) / kRows, (n + 7) / 8 * 8 * int64_t(sizeof(uint16_t)), [&](int64_t item, void* scratch) {
+    kernel(draws.mutable_data_ptr<int32_t>(), bits, item * kRows, std::min(rows, (item + 1) * kRows), n, uint32_t(stream), uint32_t(step),
+           static_cast<uint16_t*>(scratch));
+  });
+  return draws;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pykernels, CPU, m) { m.impl("_random_bits", &random_bits); }
+TORCH_LIBRARY_IMPL(pykernels, CompositeExplicitAutograd, m) { m.impl("_seed", &seed); }
+
+}  // namespace pykernels

@@ -1,0 +1,232 @@
+// Forward of gated_conv1d. The value columns and the gate columns of the same outputs share one register tile, so that the gate is applied
+// while the accumulators are still in L1 and h never exists in memory.
+#include "gated_conv.h"
+
+#include "gated_conv_rows.h"
+
+namespace pykernels::PYKERNELS_TIER {
+namespace {
+
+template <class P>
+int64_t packed_bytes(int64_t c_out, int64_t c_in, int64_t taps) {
+  const int64_t blocks = (c_out + Product<P>::kLanes - 1) / Product<P>::kLanes;
+  return blocks * taps * tap_weights<P>(panel_width<P>(c_in)) * int64_t(sizeof(P));
+}
+
+// [c_out, c_in, taps] to [column block][tap][packed], by W x W transposes of weights that are read in order.
+template <class T, class P>
+void pack(void* packed, const void* value_weight, const void* gate_weight, int64_t c_out, int64_t c_in, int64_t taps, int64_t begin,
+          int64_t end) {
+  constexpr int W = Product<P>::kLanes;
+  const int64_t depth = panel_width<P>(c_in), tap_size = tap_weights<P>(depth), row = c_in * taps;
+  for (int64_t block = begin; block < end; block++) {
+    P* to = static_cast<P*>(packed) + (block - begin) * taps * tap_size;
+    const int64_t columns = min<int64_t>(W, c_out - block * W);
+    for (int half = 0; half < 2; half++) {
+      const T* from = static_cast<const T*>(half ? gate_weight : value_weight) + block * W * row;
+      int64_t channel = 0, tap = 0;
+      for (int64_t j = 0; j < row; j += W) {
+        const int64_t n = min<int64_t>(W, row - j);
+        Vec<Arithmetic<P>> v[W] = {};
+        for (int64_t i = 0; i < columns; i++) v[i] = load_columns(from + i * row + j, n);
+        transpose(v);
+        for (int64_t i = 0; i < n; i++) {
+          put_packed(to + tap * tap_size, channel, half, v[i]);
+          if (++tap == taps) tap = 0, channel++;
+        }
+      }
+    }
+    for (int64_t tap = 0; tap < taps; tap++) zero_packed_tail(to + tap * tap_size, c_in, depth);
+  }
+}
+
+// ---- gate ----------------------------------------------------------------------------------------------------------------------------
+
+// The blend of one register tile: rows of one column block. Pointers are at the tile's first row and first column.
+template <class T, class C, Residual kResidual, ValueAct kAct>
+struct GateTile {
+  const C *value, *gate;  // accumulators, stride W
+  Vec<C> value_bias, gate_bias;
+  const T *value_cond, *gate_cond;
+  int64_t cond_row;
+  const C* factors;
+  int64_t factor_row;
+  const T* x;
+  int64_t x_row;
+  T *y, *saved_value, *saved_gate;
+  int64_t c_out;
+  int64_t n;  // columns that exist
+
+  PYKERNELS_INLINE void row(int64_t r) const {
+    constexpr int W = kLanes<C>;
+    Vec<C> c = load(value + r * W) + value_bias, z = load(gate + r * W) + gate_bias;
+    if (value_cond) {
+      c += load_columns(value_cond + r * cond_row, n);
+      z += load_columns(gate_cond + r * cond_row, n);
+    }
+    if (factors) z *= load_columns(factors + r * factor_row, n);
+    const Vec<C> g = sigmoid_to<T>(z), v = kAct == ValueAct::tanh ? tanh(c) : c;
+    Vec<C> out = g * v;
+    if constexpr (kResidual != Residual::none) {
+      const Vec<C> xr = load_columns(x + r * x_row, n);
+      out = kResidual == Residual::highway ? xr + g * (v - xr) : xr + out;
+    }
+    store_columns(y + r * c_out, out, n);
+    if (saved_value) {
+      store_columns(saved_value + r * c_out, v, n);
+      store_columns(saved_gate + r * c_out, g, n);
+    }
+  }
+};
+
+template <class T>
+void zero_row(const GatedConvArgs& args, int64_t row, int64_t column, int64_t columns) {
+  void* const outputs[] = {args.y, args.saved_value, args.saved_gate};
+  for (void* output : outputs) {
+    if (output) memset(static_cast<T*>(output) + row * args.c_out + column, 0, size_t(columns) * sizeof(T));
+  }
+}
+
+template <class T, class P>
+int64_t forward_scratch(const GatedConvArgs& args, int64_t rows) {
+  using C = Arithmetic<P>;
+  int64_t bytes = Scratch::bytes<Tap<P>>(args.taps) + Scratch::bytes<P>(panel_elements<P>(args, rows, panel_width<P>(args.c_in))) +
+                  Scratch::bytes<T>(rows * args.c_in);
+  if (args.random != GateRandom::none)
+    bytes += Scratch::bytes<C>(rows * padded_draws(args)) + Scratch::bytes<uint16_t>(rows * padded_draws(args));
+  if (args.value_cond && !args.cond_per_row) bytes += 2 * Scratch::bytes<T>(rows * args.c_out);
+  return bytes;
+}
+
+// cond [sequences, c_out] repeated for each row.
+template <class T>
+const T* repeat_cond(T* to, const void* cond, const GatedConvArgs& args, const Blocks& blocks) {
+  T* row = to;
+  for (int64_t i = 0; i < blocks.count; i++) {
+    const T* from = static_cast<const T*>(cond) + args.sequences[blocks.data[i].sequence].index * args.cond_row;
+    for (int64_t r = 0; r < blocks.data[i].rows; r++, row += args.c_out) memcpy(row, from, size_t(args.c_out) * sizeof(T));
+  }
+  return to;
+}
+
+template <class T, class P, Residual kResidual, ValueAct kAct>
+void forward_rows(const GatedConvArgs& args, const void* packed, const Blocks& blocks, int64_t begin, int64_t end, void* memory) {
+  using C = Arithmetic<P>;
+  constexpr int W = kLanes<C>;
+  const int64_t depth = panel_width<P>(args.c_in), rows = blocks.rows;
+  const Sequence& sequence = args.sequences[blocks.data[0].sequence];
+  const int64_t row0 = sequence.out_row + blocks.data[0].first;
+  Scratch scratch(memory);
+  Tap<P>* taps = scratch.take<Tap<P>>(args.taps);
+  P* panel = scratch.take<P>(panel_elements<P>(args, rows, depth));
+  const int64_t ntaps =
+      taps_of(taps, panel, args, blocks, -args.left, args.dilation, depth, [&](const Sequence& s) { return x_rows<T>(args, s); });
+  GateTile<T, C, kResidual, kAct> all{};  // at row 0, column 0
+  all.c_out = args.c_out;
+  all.y = static_cast<T*>(args.y) + row0 * args.c_out;
+  if (args.saved_value) {
+    all.saved_value = static_cast<T*>(args.saved_value) + row0 * args.c_out;
+    all.saved_gate = static_cast<T*>(args.saved_gate) + row0 * args.c_out;
+  }
+  if (kResidual != Residual::none) all.x = residual_rows(scratch.take<T>(rows * args.c_in), all.x_row, args, blocks);
+  if (args.random != GateRandom::none) {
+    C* factors = scratch.take<C>(rows * padded_draws(args));
+    random_factors(factors, scratch.take<uint16_t>(rows * padded_draws(args)), args, row0, rows);
+    all.factors = factors;
+    all.factor_row = padded_draws(args);
+  }
+  if (args.value_cond && args.cond_per_row) {
+    all.value_cond = static_cast<const T*>(args.value_cond) + row0 * args.cond_row;
+    all.gate_cond = static_cast<const T*>(args.gate_cond) + row0 * args.cond_row;
+    all.cond_row = args.cond_row;
+  } else if (args.value_cond && blocks.count == 1) {  // the same row again and again: added apart from the bias, as for several sequences
+    all.value_cond = static_cast<const T*>(args.value_cond) + sequence.index * args.cond_row;
+    all.gate_cond = static_cast<const T*>(args.gate_cond) + sequence.index * args.cond_row;
+  } else if (args.value_cond) {
+    all.value_cond = repeat_cond(scratch.take<T>(rows * args.c_out), args.value_cond, args, blocks);
+    all.gate_cond = repeat_cond(scratch.take<T>(rows * args.c_out), args.gate_cond, args, blocks);
+    all.cond_row = args.c_out;
+  }
+
+  auto make = [&](int64_t block, int64_t row, const C* acc) {
+    const int64_t column = block * W, n = min<int64_t>(W, args.c_out - column);
+    GateTile<T, C, kResidual, kAct> tile = all;
+    tile.value = acc;
+    tile.gate = acc + Product<P>::kRows * W;
+    tile.n = n;
+    tile.y += row * args.c_out + column;
+    if (all.saved_value) {
+      tile.saved_value += row * args.c_out + column;
+      tile.saved_gate += row * args.c_out + column;
+    }
+    if (kResidual != Residual::none) tile.x += row * all.x_row + column;
+    if (all.factors) tile.factors += row * all.factor_row + column;
+    if (all.value_cond) {
+      tile.value_cond += row * all.cond_row + column;
+      tile.gate_cond += row * all.cond_row + column;
+    }
+    if (args.value_bias) tile.value_bias = load_columns(static_cast<const T*>(args.value_bias) + column, n);
+    if (args.gate_bias) tile.gate_bias = load_columns(static_cast<const T*>(args.gate_bias) + column, n);
+    return tile;
+  };
+  for_each_tile(taps, ntaps, rows, depth, static_cast<const P*>(packed), args.taps * tap_weights<P>(depth), begin, end, make);
+}
+
+template <class T, class P>
+void forward(const GatedConvArgs& args, const void* packed, const Blocks& blocks, int64_t begin, int64_t end, void* scratch) {
+  using Body = void (*)(const GatedConvArgs&, const void*, const Blocks&, int64_t, int64_t, void*);
+  static constexpr Body bodies[3][2] = {
+      {forward_rows<T, P, Residual::highway, ValueAct::identity>, forward_rows<T, P, Residual::highway, ValueAct::tanh>},
+      {forward_rows<T, P, Residual::add, ValueAct::identity>, forward_rows<T, P, Residual::add, ValueAct::tanh>},
+      {forward_rows<T, P, Residual::none, ValueAct::identity>, forward_rows<T, P, Residual::none, ValueAct::tanh>}};
+  // A single block is trimmed to the rows that are not padding; several short ones are computed whole.
+  Block trimmed = blocks.data[0];
+  Blocks compute = blocks;
+  if (blocks.count == 1) {
+    trim(trimmed, args, args.sequences[trimmed.sequence].live_out, args.shift);
+    compute = {&trimmed, 1, trimmed.rows};
+  }
+  if (compute.rows > 0) {
+    Product<P>::begin();
+    bodies[int(args.residual)][int(args.value_act)](args, packed, compute, begin, end, scratch);
+    Product<P>::end();
+  }
+  const int64_t column = begin * Product<P>::kLanes, columns = min(args.c_out, end * Product<P>::kLanes) - column;
+  for (int64_t i = 0; i < blocks.count; i++) {
+    const Block& block = blocks.data[i];
+    const Sequence& sequence = args.sequences[block.sequence];
+    const int64_t live = sequence.live_out;
+    for (int64_t r = block.first; r < block.first + block.rows; r++) {
+      if (r >= live || (sequence.mask && !sequence.mask[r + args.shift])) zero_row<T>(args, sequence.out_row + r, column, columns);
+    }
+  }
+}
+
+}  // namespace
+
+template <class T, class P>
+void add_gated_conv_forward(GatedConvKernels& table) {
+  table.row_tile = Product<P>::kRows;
+  table.columns = Product<P>::kLanes;
+  table.panel_size = sizeof(P);
+  table.sum_size = sizeof(Arithmetic<P>);
+  table.depth_unit = Product<P>::kDepth;
+  table.packed_bytes = packed_bytes<P>;
+  table.pack = pack<T, P>;
+  table.forward_scratch = forward_scratch<T, P>;
+  table.forward = forward<T, P>;
+}
+
+template void add_gated_conv_forward<float, float>(GatedConvKernels&);
+template void add_gated_conv_forward<f16, float>(GatedConvKernels&);
+#if defined(__AVX512BF16__)
+template void add_gated_conv_forward<float, bf16>(GatedConvKernels&);
+template void add_gated_conv_forward<bf16, bf16>(GatedConvKernels&);
+#else
+template void add_gated_conv_forward<bf16, float>(GatedConvKernels&);
+#endif
+#if !defined(__AVX2__)
+template void add_gated_conv_forward<double, double>(GatedConvKernels&);
+#endif
+
+}  // namespace pykernels::PYKERNELS_TIER

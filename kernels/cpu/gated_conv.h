@@ -1,0 +1,127 @@
+// gated_conv1d on the CPU: what csrc/gated_conv*.cpp call. One table of functions for each tier and dtype.
+//
+//   h[t] = bias + cond[t] + sum over k of W[:, :, k] x[t + k * dilation - left]        c, z = value and gate half of h
+//   g = sigmoid(random(z))     v = act(c)     y[t] = blend(x[t + shift], v, g)
+//
+// Work is cut into blocks of rows of one sequence. Every element of an output is summed by one block in one fixed order, and partial sums
+// over blocks are added in the order of the blocks, so that no result depends on who runs which block.
+#pragma once
+
+#include <cstdint>
+
+namespace pykernels {
+
+enum class Dtype : uint8_t { float32, bfloat16, float16, float64 };
+enum class Residual : uint8_t { highway, add, none };
+enum class ValueAct : uint8_t { identity, tanh };
+enum class GateRandom : uint8_t { none, dropout, noise };
+
+// One sequence of the batch. Rows are counted in the flattened tensors [rows, channels] of outputs and gradients.
+struct Sequence {
+  const void* x;        // its first row
+  const uint8_t* mask;  // one byte for each of its x rows, or null
+  int64_t live;         // x rows that exist; the other in_rows - live are padding
+  int64_t live_out;     // output rows that are computed; the other out_rows - live_out are zero
+  int64_t in_row, in_rows;
+  int64_t out_row, out_rows;
+  int64_t index;  // place in the batch
+};
+
+// Rows [first, first + rows) of a sequence: output rows, or x rows for the gradient of x.
+struct Block {
+  int64_t sequence, first, rows;
+};
+
+// The unit of work: one block, or several whole sequences that are shorter than a register tile is high, so that their rows follow each
+// other in the flattened tensors. (For backward_weight any blocks.)
+struct Blocks {
+  const Block* data;
+  int64_t count, rows;
+};
+
+struct GatedConvArgs {
+  int64_t c_in, c_out, taps, dilation, left, shift;
+  const Sequence* sequences;
+  int64_t x_row, x_column;  // strides of x in elements
+
+  const void *value_bias, *gate_bias;  // [c_out] or null
+  const void *value_cond, *gate_cond;  // rows of c_out at distance cond_row: one per output row, or one per sequence; or null
+  int64_t cond_row;
+  bool cond_per_row;
+
+  Residual residual;
+  ValueAct value_act;
+  GateRandom random;
+  uint64_t seed;
+  uint32_t keep_threshold;  // dropout: keep iff draw < keep_threshold
+  float random_scale;       // dropout: 65536 / keep_threshold; noise: its amplitude
+
+  void* y;                         // [out rows, c_out]
+  void *saved_value, *saved_gate;  // v and g, [out rows, c_out], or null
+
+  // Backward only.
+  const void* dy;                  // [out rows, c_out]
+  void* dh;                        // rows of 2 * dh_half panel elements: d(value), zeros, d(gate logit), zeros
+  int64_t dh_half;                 // c_out rounded up to depth_unit
+  int64_t dh_row;                  // elements from row to row of dh
+  void *value_dcond, *gate_dcond;  // one row of c_out per output row at distance dcond_row, or null
+  int64_t dcond_row;
+  void* dx;  // [in rows, c_in]
+};
+
+// In all functions `packed` is where column block `begin` lies. Sizes are in bytes and counts in elements; `blocks` are column blocks of
+// `columns` outputs each (2 * columns for backward_input).
+struct GatedConvKernels {
+  int64_t row_tile;    // rows of a register tile
+  int64_t columns;     // lanes of a vector
+  int64_t panel_size;  // bytes of a panel element
+  int64_t sum_size;    // bytes of an accumulator
+  int64_t depth_unit;  // inner dimensions are padded to multiples of this
+
+  // Forward. Packs the weights [c_out, c_in, taps] of value and gate, column blocks [begin, end), the first of them at `packed`.
+  int64_t (*packed_bytes)(int64_t c_out, int64_t c_in, int64_t taps);
+  void (*pack)(void* packed, const void* value_weight, const void* gate_weight, int64_t c_out, int64_t c_in, int64_t taps, int64_t begin,
+               int64_t end);
+  int64_t (*forward_scratch)(const GatedConvArgs&, int64_t rows);
+  void (*forward)(const GatedConvArgs&, const void* packed, const Blocks&, int64_t begin, int64_t end, void* scratch);
+
+  // Backward, in this order. gate: dh, dcond and the sums of dh over the block's rows, sums [2 * c_out].
+  int64_t (*backward_gate_scratch)(const GatedConvArgs&, int64_t rows);
+  void (*backward_gate)(const GatedConvArgs&, const Block&, void* sums, void* scratch);
+  // One row of sums over blocks, in their order: sums [count, 2 * c_out] to a row of the value's and a row of the gate's columns.
+  void (*reduce_sums)(const GatedConvArgs&, const void* sums, int64_t count, void* value_to, void* gate_to);
+  // dx from dh and the weights packed with their roles exchanged.
+  int64_t (*packed_transposed_bytes)(int64_t c_out, int64_t c_in, int64_t taps);
+  void (*pack_transposed)(void* packed, const void* value_weight, const void* gate_weight, int64_t c_out, int64_t c_in, int64_t taps,
+                          int64_t begin, int64_t end);
+  int64_t (*backward_input_scratch)(const GatedConvArgs&, int64_t rows);
+  void (*backward_input)(const GatedConvArgs&, const void* packed, const Blocks&, int64_t begin, int64_t end, void* scratch);
+  // Partial weight gradients: adds the rows of some blocks to column blocks [begin, end) of `partial`, counted over taps x blocks of c_in.
+  int64_t (*weight_column_blocks)(const GatedConvArgs&);
+  int64_t (*partial_elements)(const GatedConvArgs&);
+  int64_t (*backward_weight_scratch)(const GatedConvArgs&, int64_t rows);
+  void (*backward_weight)(const GatedConvArgs&, const Blocks&, void* partial, int64_t begin, int64_t end, void* scratch);
+  // Rows [begin, end) of the 2 * c_out of dweight = the sum of `partials` in their order.
+  void (*reduce_weight)(const GatedConvArgs&, const void* partials, int64_t count, void* value_dweight, void* gate_dweight, int64_t begin,
+                        int64_t end);
+};
+
+namespace generic {
+const GatedConvKernels* gated_conv_kernels(Dtype, bool bf16_products);
+}
+#if defined(PYKERNELS_X86_TIERS)
+namespace avx2 {
+const GatedConvKernels* gated_conv_kernels(Dtype, bool bf16_products);
+}
+namespace avx512 {
+const GatedConvKernels* gated_conv_kernels(Dtype, bool bf16_products);
+}
+namespace avx512_bf16 {
+const GatedConvKernels* gated_conv_kernels(Dtype, bool bf16_products);
+}
+namespace amx {
+const GatedConvKernels* gated_conv_kernels(Dtype, bool bf16_products);
+}
+#endif
+
+}  // namespace pykernels

@@ -1,0 +1,400 @@
+// Backward of gated_conv1d.
+//
+// With c = value preactivation, v = act(c), z = gate logit, g = sigmoid(f * z) (f: dropout or noise factor), and dy given:
+//   highway y = x + g (v - x):   dv = dy g    dg = dy (v - x)    dx gets dy (1 - g)
+//   add     y = x + g v:         dv = dy g    dg = dy v          dx gets dy
+//   none    y = g v:             dv = dy g    dg = dy v
+//   dc = dv act'(c), act' = 1 - v^2 for tanh;   dz = f g (1 - g) dg;   dh = [dc, dz]
+// and, as h[t] = bias + cond[t] + sum_k W_k x[t + k d - left]:
+//   dbias = sum_t dh[t]    dcond[t] = dh[t]    dx[j] += sum_k W_k^T dh[j + left - k d]    dW_k = sum_t dh[t] x[t + k d - left]^T
+// Saved by forward: v and g. dh exists once, in panel type; the two products read it in place.
+#include "gated_conv.h"
+#include "gated_conv_rows.h"
+
+namespace pykernels::PYKERNELS_TIER {
+namespace {
+
+// ---- dh, dcond, sums of dh -----------------------------------------------------------------------------------------------------------
+
+template <class T, class P>
+int64_t backward_gate_scratch(const GatedConvArgs& args, int64_t rows) {
+  return Scratch::bytes<T>(rows * args.c_in) + Scratch::bytes<Arithmetic<P>>(rows * padded_draws(args)) +
+         Scratch::bytes<uint16_t>(rows * padded_draws(args));
+}
+
+template <class T, class P, Residual kResidual, ValueAct kAct>
+void gate_rows(const GatedConvArgs& args, const Block& block, Arithmetic<P>* sums, void* memory) {
+  using C = Arithmetic<P>;
+  constexpr int W = kLanes<C>;
+  const Sequence& sequence = args.sequences[block.sequence];
+  const int64_t row0 = sequence.out_row + block.first, live = sequence.live_out, n = args.c_out;
+  Scratch scratch(memory);
+  int64_t x_row = 0;
+  const T* x = kResidual == Residual::highway
+                   ? residual_rows(scratch.take<T>(block.rows * args.c_in), x_row, args, Blocks{&block, 1, block.rows})
+                   : nullptr;
+  C* factors = nullptr;
+  if (args.random != GateRandom::none) {
+    factors = scratch.take<C>(block.rows * padded_draws(args));
+    random_factors(factors, scratch.take<uint16_t>(block.rows * padded_draws(args)), args, row0, block.rows);
+  }
+  for (int64_t r = 0; r < block.rows; r++) {
+    const int64_t row = row0 + r, t = block.first + r;
+    P* dh = static_cast<P*>(args.dh) + row * args.dh_row;
+    T* value_dcond = args.value_dcond ? static_cast<T*>(args.value_dcond) + row * args.dcond_row : nullptr;
+    T* gate_dcond = args.value_dcond ? static_cast<T*>(args.gate_dcond) + row * args.dcond_row : nullptr;
+    if (t >= live || (sequence.mask && !sequence.mask[t + args.shift])) {
+      memset(dh, 0, size_t(2 * args.dh_half) * sizeof(P));
+      if (value_dcond) {
+        memset(value_dcond, 0, size_t(n) * sizeof(T));
+        memset(gate_dcond, 0, size_t(n) * sizeof(T));
+      }
+      continue;
+    }
+    const T *dy = static_cast<const T*>(args.dy) + row * n, *v_row = static_cast<const T*>(args.saved_value) + row * n,
+            *g_row = static_cast<const T*>(args.saved_gate) + row * n;
+    for (int64_t column = 0; column < n; column += W) {
+      const int64_t columns = min<int64_t>(W, n - column);
+      const Vec<C> d = load_columns(dy + column, columns), v = load_columns(v_row + column, columns),
+                   g = load_columns(g_row + column, columns);
+      Vec<C> dc = d * g, dg = d * v;
+      if constexpr (kResidual == Residual::highway) dg = d * (v - load_columns(x + r * x_row + column, columns));
+      if constexpr (kAct == ValueAct::tanh) dc *= C(1) - v * v;
+      Vec<C> dz = dg * (g * (C(1) - g));
+      if (factors) dz *= load_columns(factors + r * padded_draws(args) + column, columns);
+      store_columns(dh + column, dc, columns);
+      store_columns(dh + args.dh_half + column, dz, columns);
+      store_columns(sums + column, load_columns(sums + column, columns) + dc, columns);
+      store_columns(sums + n + column, load_columns(sums + n + column, columns) + dz, columns);
+      if (value_dcond) {
+        store_columns(value_dcond + column, dc, columns);
+        store_columns(gate_dcond + column, dz, columns);
+      }
+    }
+    memset(dh + n, 0, size_t(args.dh_half - n) * sizeof(P));
+    memset(dh + args.dh_half + n, 0, size_t(args.dh_half - n) * sizeof(P));
+  }
+}
+
+template <class T, class P>
+void backward_gate(const GatedConvArgs& args, const Block& block, void* sums, void* scratch) {
+  using Body = void (*)(const GatedConvArgs&, const Block&, Arithmetic<P>*, void*);
+  static constexpr Body bodies[3][2] = {
+      {gate_rows<T, P, Residual::highway, ValueAct::identity>, gate_rows<T, P, Residual::highway, ValueAct::tanh>},
+      {gate_rows<T, P, Residual::add, ValueAct::identity>, gate_rows<T, P, Residual::add, ValueAct::tanh>},
+      {gate_rows<T, P, Residual::none, ValueAct::identity>, gate_rows<T, P, Residual::none, ValueAct::tanh>}};
+  memset(sums, 0, size_t(2 * args.c_out) * sizeof(Arithmetic<P>));
+  bodies[int(args.residual)][int(args.value_act)](args, block, static_cast<Arithmetic<P>*>(sums), scratch);
+}
+
+template <class T, class P>
+void reduce_sums(const GatedConvArgs& args, const void* sums, int64_t count, void* value_to, void* gate_to) {
+  using C = Arithmetic<P>;
+  constexpr int W = kLanes<C>;
+  for (int half = 0; half < 2; half++) {
+    T* to = static_cast<T*>(half ? gate_to : value_to);
+    for (int64_t column = 0; column < args.c_out; column += W) {
+      const C* from = static_cast<const C*>(sums) + half * args.c_out + column;
+      const int64_t n = min<int64_t>(W, args.c_out - column);
+      Vec<C> sum{};
+      for (int64_t i = 0; i < count; i++) sum += load_columns(from + i * 2 * args.c_out, n);
+      store_columns(to + column, sum, n);
+    }
+  }
+}
+
+// ---- dx ------------------------------------------------------------------------------------------------------------------------------
+
+template <class P>
+constexpr int64_t kBlockColumns = 2 * Product<P>::kLanes;
+
+template <class P>
+int64_t packed_transposed_bytes(int64_t c_out, int64_t c_in, int64_t taps) {
+  const int64_t blocks = (c_in + kBlockColumns<P> - 1) / kBlockColumns<P>;
+  return blocks * taps * tap_weights<P>(2 * panel_width<P>(c_out)) * int64_t(sizeof(P));
+}
+
+// The columns are now those of x, two vectors of them side by side; the inner dimension is [value outputs, gate outputs] like dh.
+template <class T, class P>
+void pack_transposed(void* packed, const void* value_weight, const void* gate_weight, int64_t c_out, int64_t c_in, int64_t taps,
+                     int64_t begin, int64_t end) {
+  constexpr int W = Product<P>::kLanes;
+  const int64_t half_depth = panel_width<P>(c_out), depth = 2 * half_depth, tap_size = tap_weights<P>(depth);
+  for (int64_t block = begin; block < end; block++) {
+    P* to = static_cast<P*>(packed) + (block - begin) * taps * tap_size;
+    for (int half = 0; half < 2; half++) {
+      const int64_t column = block * kBlockColumns<P> + half * W, n = max<int64_t>(0, min<int64_t>(W, c_in - column));
+      for (int64_t e = 0; e < depth; e++) {
+        const int64_t output = e % half_depth;
+        const bool exists = output < c_out && n > 0;
+        const T* from = static_cast<const T*>(e < half_depth ? value_weight : gate_weight) + (exists ? (output * c_in + column) * taps : 0);
+        for (int64_t tap = 0; tap < taps; tap++) {
+          alignas(64) T lanes[W] = {};
+          for (int64_t i = 0; i < n && exists; i++) lanes[i] = from[i * taps + tap];
+          put_packed(to + tap * tap_size, e, half, load(lanes));
+        }
+      }
+    }
+  }
+}
+
+// dx of one register tile: the product plus what the blend lets through.
+template <class T, class C, Residual kResidual>
+struct InputTile {
+  const C* acc;
+  int64_t half_stride;  // between the accumulators of the two vectors
+  const T *dy, *gate;   // at x row `row`, column 0; rows [first_out, end_out) exist
+  int64_t first_out, end_out;
+  T* dx;
+  int64_t c_in, c_out, column;
+
+  PYKERNELS_INLINE void row(int64_t r) const {
+    constexpr int W = kLanes<C>;
+    for (int half = 0; half < 2; half++) {
+      const int64_t at = column + half * W, n = min<int64_t>(W, c_in - at);
+      if (n <= 0) return;
+      Vec<C> out = load(acc + half * half_stride + r * W);
+      if (kResidual != Residual::none && r >= first_out && r < end_out) {
+        Vec<C> through = load_columns(dy + r * c_out + at, n);
+        if constexpr (kResidual == Residual::highway) through *= C(1) - load_columns(gate + r * c_out + at, n);
+        out += through;
+      }
+      store_columns(dx + r * c_in + at, out, n);
+    }
+  }
+};
+
+template <class P>
+int64_t backward_input_scratch(const GatedConvArgs& args, int64_t rows) {
+  return Scratch::bytes<Tap<P>>(args.taps) + Scratch::bytes<P>(panel_elements<P>(args, rows, 2 * args.dh_half));
+}
+
+// One block of x rows of one sequence, or several whole sequences whose taps are gathered.
+template <class T, class P, Residual kResidual>
+void input_rows(const GatedConvArgs& args, const void* packed, const Blocks& blocks, int64_t begin, int64_t end, void* memory) {
+  using C = Arithmetic<P>;
+  const int64_t depth = 2 * args.dh_half;
+  const Sequence& sequence = args.sequences[blocks.data[0].sequence];
+  const int64_t first = blocks.data[0].first, in_row = sequence.in_row + first;
+  Scratch scratch(memory);
+  Tap<P>* taps = scratch.take<Tap<P>>(args.taps);
+  P* panel = scratch.take<P>(panel_elements<P>(args, blocks.rows, depth));
+  const int64_t ntaps = taps_of(taps, panel, args, blocks, args.left, -args.dilation, depth, [&](const Sequence& s) {
+    return Rows<P>{static_cast<const P*>(args.dh) + s.out_row * args.dh_row, args.dh_row, 1, depth, s.live_out, nullptr};
+  });
+  // Several sequences share their numbering of x and output rows: shift is zero there.
+  const int64_t out_row = sequence.out_row + first - args.shift;
+  const int64_t first_out = args.shift - first;
+  const int64_t end_out = blocks.count == 1 ? first_out + sequence.live_out : blocks.rows;
+  auto make = [&](int64_t block, int64_t row, const C* acc) {
+    return InputTile<T, C, kResidual>{acc,
+                                      Product<P>::kRows * Product<P>::kLanes,
+                                      static_cast<const T*>(args.dy) + (out_row + row) * args.c_out,
+                                      static_cast<const T*>(args.saved_gate) + (out_row + row) * args.c_out,
+                                      first_out - row,
+                                      end_out - row,
+                                      static_cast<T*>(args.dx) + (in_row + row) * args.c_in,
+                                      args.c_in,
+                                      args.c_out,
+                                      block * kBlockColumns<P>};
+  };
+  for_each_tile(taps, ntaps, blocks.rows, depth, static_cast<const P*>(packed), args.taps * tap_weights<P>(depth), begin, end, make);
+}
+
+template <class T, class P>
+void backward_input(const GatedConvArgs& args, const void* packed, const Blocks& blocks, int64_t begin, int64_t end, void* scratch) {
+  using Body = void (*)(const GatedConvArgs&, const void*, const Blocks&, int64_t, int64_t, void*);
+  static constexpr Body bodies[3] = {input_rows<T, P, Residual::highway>, input_rows<T, P, Residual::add>,
+                                     input_rows<T, P, Residual::none>};
+  Block trimmed = blocks.data[0];
+  Blocks compute = blocks;
+  if (blocks.count == 1) {
+    trim(trimmed, args, args.sequences[trimmed.sequence].live, 0);
+    compute = {&trimmed, 1, trimmed.rows};
+  }
+  if (compute.rows > 0) {
+    Product<P>::begin();
+    bodies[int(args.residual)](args, packed, compute, begin, end, scratch);
+    Product<P>::end();
+  }
+  const int64_t column = begin * kBlockColumns<P>, columns = min(args.c_in, end * kBlockColumns<P>) - column;
+  for (int64_t i = 0; i < blocks.count; i++) {
+    const Block& block = blocks.data[i];
+    const Sequence& sequence = args.sequences[block.sequence];
+    for (int64_t r = block.first; r < block.first + block.rows; r++) {
+      if (r < sequence.live && (!sequence.mask || sequence.mask[r])) continue;
+      memset(static_cast<T*>(args.dx) + (sequence.in_row + r) * args.c_in + column, 0, size_t(columns) * sizeof(T));
+    }
+  }
+}
+
+// ---- dW ------------------------------------------------------------------------------------------------------------------------------
+
+template <class P>
+int64_t weight_columns(const GatedConvArgs& args) {
+  return (args.c_in + kBlockColumns<P> - 1) / kBlockColumns<P>;
+}
+template <class P>
+int64_t weight_column_blocks(const GatedConvArgs& args) {
+  return args.taps * weight_columns<P>(args);
+}
+template <class P>
+int64_t partial_elements(const GatedConvArgs& args) {
+  return weight_column_blocks<P>(args) * 2 * args.dh_half * kBlockColumns<P>;
+}
+
+template <class P>
+int64_t transposed_stride(int64_t depth) {
+  return depth + kRowSkew<P>;
+}
+
+template <class T, class P>
+int64_t backward_weight_scratch(const GatedConvArgs& args, int64_t rows) {
+  const int64_t depth = panel_width<P>(rows);
+  return Scratch::bytes<P>(2 * args.dh_half * transposed_stride<P>(depth)) + Scratch::bytes<P>(tap_weights<P>(depth)) +
+         Scratch::bytes<T>(rows * args.c_in);
+}
+
+// Rows of x that one tap reads for all rows of the blocks, columns [column, column + 2 vectors), packed as the inner dimension of B.
+template <class T, class P>
+void pack_x(P* to, T* panel, bool fill_panel, const GatedConvArgs& args, const Blocks& blocks, int64_t tap, int64_t column) {
+  using C = Arithmetic<P>;
+  constexpr int W = Product<P>::kLanes;
+  int64_t e = 0;
+  for (int64_t i = 0; i < blocks.count; i++) {
+    const Block& block = blocks.data[i];
+    Rows<T> x = x_rows<T>(args, args.sequences[block.sequence]);
+    int64_t start = block.first + tap * args.dilation - args.left;
+    if (x.column_stride != 1) {
+      T* rows = panel + e * args.c_in;
+      if (fill_panel) gather_rows(rows, args.c_in, args.c_in, x, start, block.rows);
+      x = {rows, args.c_in, 1, args.c_in, block.rows, nullptr};
+      start = 0;
+    }
+    for (int64_t r = 0; r < block.rows;) {
+      const T* first = x.reads_zero(start + r) ? nullptr : x.data + (start + r) * x.row_stride + column;
+      // Two rows at a time where they make a pair: one store instead of two and a load.
+      const bool pair = Product<P>::kUnit == 2 && e % 2 == 0 && r + 1 < block.rows;
+      const T* second = !pair || x.reads_zero(start + r + 1) ? nullptr : x.data + (start + r + 1) * x.row_stride + column;
+      for (int half = 0; half < 2; half++) {
+        const int64_t n = args.c_in - column - half * W;
+        const Vec<C> low = first && n > 0 ? load_columns(first + half * W, n) : Vec<C>{};
+        if (pair)
+          put_packed_pair(to, e, half, low, second && n > 0 ? load_columns(second + half * W, n) : Vec<C>{});
+        else
+          put_packed(to, e, half, low);
+      }
+      r += pair ? 2 : 1;
+      e += pair ? 2 : 1;
+    }
+  }
+  zero_packed_tail(to, e, panel_width<P>(e));
+}
+
+template <class C>
+struct WeightTile {
+  const C* acc;
+  int64_t half_stride;
+  C* partial;
+
+  PYKERNELS_INLINE void row(int64_t r) const {
+    constexpr int W = kLanes<C>;
+    for (int half = 0; half < 2; half++) {
+      C* to = partial + r * 2 * W + half * W;
+      store(to, load(to) + load(acc + half * half_stride + r * W));
+    }
+  }
+};
+
+template <class T, class P>
+void backward_weight(const GatedConvArgs& args, const Blocks& blocks, void* partial, int64_t begin, int64_t end, void* memory) {
+  using C = Arithmetic<P>;
+  const int64_t outputs = 2 * args.dh_half, depth = panel_width<P>(blocks.rows), stride = transposed_stride<P>(depth);
+  Scratch scratch(memory);
+  P* dh = scratch.take<P>(outputs * stride);
+  P* x = scratch.take<P>(tap_weights<P>(depth));
+  T* panel = scratch.take<T>(blocks.rows * args.c_in);
+  // dh^T: outputs are the rows of the product, rows of the batch its inner dimension.
+  int64_t e = 0;
+  for (int64_t i = 0; i < blocks.count; i++) {
+    const Block& block = blocks.data[i];
+    const P* from = static_cast<const P*>(args.dh) + (args.sequences[block.sequence].out_row + block.first) * args.dh_row;
+    gather_transposed(dh + e, stride, Rows<P>{from, 1, args.dh_row, block.rows, outputs, nullptr}, 0, outputs);
+    e += block.rows;
+  }
+  for (int64_t i = 0; i < outputs && depth > blocks.rows; i++)
+    memset(dh + i * stride + blocks.rows, 0, size_t(depth - blocks.rows) * sizeof(P));
+
+  const int64_t columns = weight_columns<P>(args);
+  int64_t gathered = -1;
+  Product<P>::begin();
+  for (int64_t index = begin; index < end; index++) {
+    const int64_t tap = index / columns;
+    pack_x<T, P>(x, panel, tap != gathered, args, blocks, tap, index % columns * kBlockColumns<P>);
+    gathered = tap;
+    const Tap<P> all{dh, stride, 0};
+    for_each_tile(&all, 1, outputs, depth, static_cast<const P*>(x), 0, 0, 1, [&](int64_t, int64_t row, const C* acc) {
+      return WeightTile<C>{acc, Product<P>::kRows * Product<P>::kLanes,
+                           static_cast<C*>(partial) + (index * outputs + row) * kBlockColumns<P>};
+    });
+  }
+  Product<P>::end();
+}
+
+template <class T, class P>
+void reduce_weight(const GatedConvArgs& args, const void* partials, int64_t count, void* value_dweight, void* gate_dweight, int64_t begin,
+                   int64_t end) {
+  using C = Arithmetic<P>;
+  constexpr int W = Product<P>::kLanes;
+  const int64_t elements = partial_elements<P>(args), columns = weight_columns<P>(args);
+  for (int64_t row = begin; row < end; row++) {
+    const bool is_gate = row >= args.c_out;
+    const int64_t output = is_gate ? row - args.c_out : row, dh_row = is_gate ? args.dh_half + output : output;
+    T* to = static_cast<T*>(is_gate ? gate_dweight : value_dweight) + output * args.c_in * args.taps;
+    for (int64_t tap = 0; tap < args.taps; tap++) {
+      for (int64_t column = 0; column < args.c_in; column += W) {
+        const int64_t block = tap * columns + column / kBlockColumns<P>;
+        const C* from =
+            static_cast<const C*>(partials) + (block * 2 * args.dh_half + dh_row) * kBlockColumns<P> + column % kBlockColumns<P>;
+        Vec<C> sum = load(from);
+        for (int64_t p = 1; p < count; p++) sum += load(from + p * elements);
+        alignas(64) T lanes[W];
+        store(lanes, sum);
+        const int64_t n = min<int64_t>(W, args.c_in - column);
+        for (int64_t i = 0; i < n; i++) to[(column + i) * args.taps + tap] = lanes[i];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <class T, class P>
+void add_gated_conv_backward(GatedConvKernels& table) {
+  table.backward_gate_scratch = backward_gate_scratch<T, P>;
+  table.backward_gate = backward_gate<T, P>;
+  table.reduce_sums = reduce_sums<T, P>;
+  table.packed_transposed_bytes = packed_transposed_bytes<P>;
+  table.pack_transposed = pack_transposed<T, P>;
+  table.backward_input_scratch = backward_input_scratch<P>;
+  table.backward_input = backward_input<T, P>;
+  table.weight_column_blocks = weight_column_blocks<P>;
+  table.partial_elements = partial_elements<P>;
+  table.backward_weight_scratch = backward_weight_scratch<T, P>;
+  table.backward_weight = backward_weight<T, P>;
+  table.reduce_weight = reduce_weight<T, P>;
+}
+
+template void add_gated_conv_backward<float, float>(GatedConvKernels&);
+template void add_gated_conv_backward<f16, float>(GatedConvKernels&);
+#if defined(__AVX512BF16__)
+template void add_gated_conv_backward<float, bf16>(GatedConvKernels&);
+template void add_gated_conv_backward<bf16, bf16>(GatedConvKernels&);
+#else
+template void add_gated_conv_backward<bf16, float>(GatedConvKernels&);
+#endif
+#if !defined(__AVX2__)
+template void add_gated_conv_backward<double, double>(GatedConvKernels&);
+#endif
+
+}  // namespace pykernels::PYKERNELS_TIER

@@ -1,0 +1,131 @@
+// What forward and backward of gated_conv1d share: views of the arguments in the types of one instantiation.
+#pragma once
+
+#include "gated_conv.h"
+#include "panel.h"
+#include "philox.h"
+
+namespace pykernels::PYKERNELS_TIER {
+namespace {
+
+// Inner dimension of a panel, and elements of one tap's packed weights in a column block.
+template <class P>
+int64_t panel_width(int64_t columns) {
+  return round_up(columns, Product<P>::kDepth);
+}
+template <class P>
+int64_t tap_weights(int64_t depth) {
+  return depth * 2 * Product<P>::kLanes;
+}
+
+// Loads and stores of one vector of columns of which n exist.
+template <class T>
+PYKERNELS_INLINE auto load_columns(const T* p, int64_t n) {
+  return n >= kLanes<Arithmetic<T>> ? load(p) : load_n(p, n);
+}
+template <class T, class V>
+PYKERNELS_INLINE void store_columns(T* p, V v, int64_t n) {
+  if (n >= kLanes<Arithmetic<T>>)
+    store(p, v);
+  else
+    store_n(p, v, n);
+}
+
+// Shrinks a block to the rows from its first to its last one that is below `live` and not masked. Row r has mask byte r + shift.
+PYKERNELS_INLINE void trim(Block& block, const GatedConvArgs& args, int64_t live, int64_t shift) {
+  const uint8_t* mask = args.sequences[block.sequence].mask;
+  int64_t first = block.first, last = max(first, min(first + block.rows, live));
+  while (mask && first < last && !mask[first + shift]) first++;
+  while (mask && first < last && !mask[last - 1 + shift]) last--;
+  block.first = first;
+  block.rows = last - first;
+}
+
+template <class T>
+Rows<T> x_rows(const GatedConvArgs& args, const Sequence& sequence) {
+  return {static_cast<const T*>(sequence.x), args.x_row, args.x_column, args.c_in, sequence.live, sequence.mask};
+}
+
+// Scratch memory handed out piece by piece, each aligned to a cache line.
+class Scratch {
+ public:
+  explicit Scratch(void* base) : next_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += bytes<T>(count);
+    return piece;
+  }
+  template <class T>
+  static int64_t bytes(int64_t count) {
+    return round_up(count * int64_t(sizeof(T)), 64);
+  }
+
+ private:
+  char* next_;
+};
+
+// The taps of all rows of some blocks. rows_of(sequence) is what they read; tap k of a block begins at its first row + offset + k * step.
+template <class P, class RowsOf>
+int64_t taps_of(Tap<P>* taps, P* panel, const GatedConvArgs& args, const Blocks& blocks, int64_t offset, int64_t step, int64_t width,
+                RowsOf rows_of) {
+  if (blocks.count == 1) {
+    const Block& block = blocks.data[0];
+    return make_taps(taps, panel, rows_of(args.sequences[block.sequence]), block.first + offset, step, args.taps, block.rows, width,
+                     tap_weights<P>(width));
+  }
+  const int64_t read = round_up(blocks.rows, Product<P>::kRowPad), stride = panel_stride<P>(width);
+  for (int64_t k = 0; k < args.taps; k++) {
+    taps[k] = {panel, stride, k * tap_weights<P>(width)};
+    for (int64_t i = 0; i < blocks.count; i++) {
+      const Block& block = blocks.data[i];
+      gather_rows(panel, stride, width, rows_of(args.sequences[block.sequence]), block.first + offset + k * step, block.rows);
+      panel += block.rows * stride;
+    }
+    memset(panel, 0, size_t((read - blocks.rows) * stride) * sizeof(P));
+    panel += (read - blocks.rows) * stride;
+  }
+  return args.taps;
+}
+template <class P>
+int64_t panel_elements(const GatedConvArgs& args, int64_t rows, int64_t width) {
+  return args.taps * round_up(rows, Product<P>::kRowPad) * panel_stride<P>(width);
+}
+
+// Rows of x that the blend adds, at distance `stride`: in place where they lie as the blend reads them, else gathered into panel [rows,
+// c_in].
+template <class T>
+const T* residual_rows(T* panel, int64_t& stride, const GatedConvArgs& args, const Blocks& blocks) {
+  if (blocks.count == 1 && args.x_column == 1) {
+    stride = args.x_row;
+    return x_rows<T>(args, args.sequences[blocks.data[0].sequence]).data + (blocks.data[0].first + args.shift) * stride;
+  }
+  stride = args.c_in;
+  T* to = panel;
+  for (int64_t i = 0; i < blocks.count; i++) {
+    const Block& block = blocks.data[i];
+    gather_rows(to, args.c_in, args.c_in, x_rows<T>(args, args.sequences[block.sequence]), block.first + args.shift, block.rows);
+    to += block.rows * args.c_in;
+  }
+  return panel;
+}
+
+PYKERNELS_INLINE int64_t padded_draws(const GatedConvArgs& args) { return round_up(args.c_out, 8); }
+
+// What the gate logits of output rows [row, row + rows) are multiplied with, [rows, padded_draws]: a row's draws follow the previous row's.
+template <class C>
+void random_factors(C* factors, uint16_t* draws, const GatedConvArgs& args, int64_t row, int64_t rows) {
+  const int64_t width = padded_draws(args);
+  philox_draws(draws, args.seed, uint64_t(row) * uint64_t(width / 8), rows * width / 8, 0, 0);
+  if (args.random == GateRandom::dropout) {
+    for (int64_t i = 0; i < rows * width; i++) factors[i] = draws[i] < args.keep_threshold ? C(args.random_scale) : C(0);
+  } else {
+    for (int64_t i = 0; i < rows * width; i++) {
+      const float e = args.random_scale * (float(2 * draws[i] + 1) / 65536.f - 1.f);
+      factors[i] = C(1) + C(e);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pykernels::PYKERNELS_TIER

@@ -1,0 +1,11 @@
+"""Fused kernels with gradients for light NLP models in PyTorch.
+
+Operators are functions of tensors, each with an nn.Module of the same name in capitals whose state dict is that of the
+PyTorch layer it replaces. `python -m pykernels.env` tells what this installation can do on this machine.
+"""
+
+from ._backend import set_backend
+from .gated_conv import GatedConv1d, gated_conv1d, gated_conv1d_step
+
+__version__ = "0.1.0"
+__all__ = ["GatedConv1d", "gated_conv1d", "gated_conv1d_step", "set_backend"]

@@ -1,0 +1,84 @@
+"""Fixtures of the operator tests.
+
+backend   runs the test on the reference and on the CPU kernels of every tier that this machine has
+kernels   the same without the reference
+poison    (always on) memory that is not initialised holds NaN or huge numbers instead of convenient zeros
+"""
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pykernels import _extension
+
+_C = _extension._C
+TIERS = [name for name, usable, _ in _C.cpu_tiers() if usable] if _C is not None else []
+NO_EXTENSION = pytest.param("none", marks=pytest.mark.skip(reason=f"no compiled extension: {_extension.reason}"))
+
+
+def _enter(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "reference":
+        yield "reference"
+        return
+    before = _C.cpu_tier()
+    _C.set_cpu_tier(request.param)
+    yield "cpu"
+    _C.set_cpu_tier(before)
+
+
+@pytest.fixture(params=["reference", *TIERS])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the backend; for "cpu" the tier is set."""
+    yield from _enter(request)
+
+
+@pytest.fixture(params=TIERS or [NO_EXTENSION])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """ "cpu", with one tier after the other set."""
+    yield from _enter(request)
+
+
+@pytest.fixture
+def extension() -> object:
+    """The compiled extension, in the tier that the machine chose."""
+    if _C is None:
+        pytest.skip(f"no compiled extension: {_extension.reason}")
+    return _C
+
+
+def _fill_malloc(byte: int) -> None:
+    # M_PERTURB of the C library: new memory holds ~byte everywhere. Scratch memory of the kernels comes from there.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-6, byte)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "no_poison: memory that is not initialised stays as it comes")
+
+
+@pytest.fixture(autouse=True)
+def poison(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tensors made by empty() hold NaN (PyTorch does so for deterministic algorithms), other new memory about -1e38."""
+    if request.node.get_closest_marker("no_poison"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    _fill_malloc(0x01)
+    yield
+    _fill_malloc(0)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are small here, and threads that wait for each other on a busy machine take most of the time.
+
+    That results do not depend on their number is tested on its own (test_gated_conv_determinism.py).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

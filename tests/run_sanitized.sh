@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Builds the library with AddressSanitizer and UndefinedBehaviorSanitizer and runs tests on it:
+#
+#   tests/run_sanitized.sh                                   the operator tests
+#   tests/run_sanitized.sh tests/test_gated_conv.py -k mask  any arguments of pytest
+#
+# Needs g++ with its sanitizer libraries, and an environment with torch and the test extra. The installed package stays
+# as it is: the sanitized one goes to a temporary folder. CXX and PYTHON choose another compiler and another Python.
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python}
+cxx=${CXX:-c++}
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+
+PYKERNELS_SANITIZE=address,undefined "$python" -m pip install --quiet --no-deps --target "$site" "$root"
+
+# Tests run from a copy beside the sanitized package: pytest puts its root folder first on the import path.
+cp -r "$root/tests" "$root/bench" "$root/pyproject.toml" "$root/README.md" "$site"
+cd "$site"
+if [[ $# -eq 0 ]]; then
+  # Not what compiles (builds, the emulator, torch.compile), nor what measures memory: the sanitizer keeps it for a while.
+  set -- --ignore tests/test_packaging.py --ignore tests/test_env.py --ignore tests/amx_on_cpu \
+    -k "not compile and not export and not memory"
+fi
+
+# Python itself is not sanitized, so the runtime must be there before it; libstdc++ too, or exceptions are not intercepted.
+# Python keeps memory until it ends: what looks like a leak is none. A report goes to stderr, past pytest's capture.
+LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so.6)" \
+  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+  "$python" -m pytest --capture=sys "$@"

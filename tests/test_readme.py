@@ -1,0 +1,18 @@
+"""What README.md shows runs as it is written."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_python_examples_run_one_after_the_other() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    whole = names["gated_conv1d"](names["x"], names["weight"], names["bias"], dilation=2, padding="causal")
+    assert torch.equal(names["y"], whole[:, -names["y"].shape[1] :]), "the last streamed chunk"
+    assert all(layer.weight.grad is not None for layer in names["layers"])
