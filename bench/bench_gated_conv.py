@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 
 import pytest
 import torch
@@ -212,23 +213,38 @@ def run_overhead(session: Session, result: Result) -> None:
 
 
 def run_step(session: Session, result: Result) -> None:
+    """As many steps as a state has rows, one after the other: whatever a step leaves to later ones is in the time."""
     problem = Problem(STEP, DTYPES[result.dtype])
     weight, bias = problem.weight, problem.bias
-    state = torch.randn(STEP.B, STEP.dilation * (STEP.K - 1), STEP.C_in, generator=torch.Generator().manual_seed(22))
-    tensors = (problem.x, state.to(problem.dtype), weight, bias)
+    steps = STEP.dilation * (STEP.K - 1)
+    state = torch.randn(STEP.B, steps, STEP.C_in, generator=torch.Generator().manual_seed(22)).to(problem.dtype)
+    tensors = (problem.x, state, weight, bias)
+
+    def chain(step: Callable[..., tuple[Tensor, Tensor]]) -> Call:
+        current = state
+
+        def run() -> None:
+            nonlocal current
+            for _ in repeat(None, steps):
+                _, current = step(problem.x, current, weight, bias)
+
+        return run
+
     with torch.no_grad():
-        step = partial(pykernels.gated_conv1d_step, *tensors, **STEP.form)
+        step = partial(pykernels.gated_conv1d_step, **STEP.form)
         names = ("y", "state")
         exact = dict(zip(names, eager_step(STEP, *(t.double() for t in tensors)), strict=True))
         same = dict(zip(names, eager_step(STEP, *tensors), strict=True))
-        got = dict(zip(names, step(), strict=True))
+        got = dict(zip(names, step(*tensors), strict=True))
         _require(gate.compare(got, same, exact, STEP.terms | {"state": 1}), "step")
+        gemm = BareGemm(STEP, problem.dtype).forward
         variants: dict[str, Call] = {
-            OURS: step,
-            "eager": partial(eager_step, STEP, *tensors),
-            GEMM: BareGemm(STEP, problem.dtype).forward,
+            OURS: chain(step),
+            "eager": chain(partial(eager_step, STEP)),
+            GEMM: lambda: [gemm() for _ in repeat(None, steps)],
         }
-        session.group(result, "step", variants, _eager_bars(result.dtype, session.options.tier), STEP.flops)
+        bars = _eager_bars(result.dtype, session.options.tier)
+        session.group(result, f"{steps} steps", variants, bars, steps * STEP.flops)
 
 
 def _half_lengths(shape: Shape) -> Tensor:

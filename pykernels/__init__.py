@@ -5,7 +5,8 @@ PyTorch layer it replaces. `python -m pykernels.env` tells what this installatio
 """
 
 from ._backend import set_backend
-from .gated_conv import GatedConv1d, gated_conv1d, gated_conv1d_step
+from .gated_conv import GatedConv1d, gated_conv1d
+from .gated_conv_step import gated_conv1d_step
 
 __version__ = "0.1.0"
 __all__ = ["GatedConv1d", "gated_conv1d", "gated_conv1d_step", "set_backend"]

@@ -28,9 +28,7 @@ from ._checks import (
     check_gate_random,
     check_gated_conv1d,
     check_int,
-    check_like,
     check_residual,
-    check_shape,
     check_tensor,
 )
 from ._extension import _C
@@ -350,49 +348,6 @@ def gated_conv1d(
     tensors = (x, weight, bias, gate_weight, gate_bias, cond, mask, lengths, cu_seqlens, seed)
     form = (dilation, padding, residual, value_act, split, gate_dropout, gate_noise)
     return _call(tensors, form, None, training, recompute, backend)
-
-
-def gated_conv1d_step(
-    x: Tensor,
-    state: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    gate_weight: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    dilation: int = 1,
-    residual: str = "highway",
-    value_act: str = "identity",
-    split: str = "value_gate",
-    cond: Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The next chunk of a causal gated_conv1d: the chunks' outputs together are those of the whole sequence.
-
-    Args:
-        x: [B, T, C_in], the next T >= 0 rows.
-        state: [B, dilation * (K - 1), C_in], the rows of x before these, as returned by the last step. None: zeros.
-        cond: [B, 1 or T, 2 * C_out]. Everything else as in `gated_conv1d`.
-
-    Returns (y [B, T, C_out], the next state). Equal bit for bit to the whole pass on the CPU kernels.
-    """
-    check_tensor("x", x)
-    check_tensor("weight", weight)
-    if x.dim() != 3 or weight.dim() != 3:
-        name, t, wanted = ("x", x, "[B, T, C_in]") if x.dim() != 3 else ("weight", weight, "[2 * C_out, C_in, K]")
-        raise ValueError(f"{name}: expected {wanted}, got shape {list(t.shape)}")
-    check_int("dilation", dilation, 1)
-    before = (x.shape[0], dilation * (weight.shape[2] - 1), x.shape[2])
-    if state is None:
-        state = x.new_zeros(before)
-    check_like("state", state, x)
-    check_shape("state", state, before)
-    rows = torch.cat([state, x], 1)
-    y = gated_conv1d(
-        rows, weight, bias, gate_weight=gate_weight, gate_bias=gate_bias, dilation=dilation, padding="valid",
-        residual=residual, value_act=value_act, split=split, cond=cond, backend=backend,
-    )  # fmt: skip
-    return y, rows[:, x.shape[1] :]
 
 
 class GatedConv1d(nn.Module):

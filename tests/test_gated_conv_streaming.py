@@ -1,5 +1,7 @@
 """gated_conv1d_step: chunks of a causal sequence. `#n` names a line of the project's failure checklist."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -86,6 +88,58 @@ def test_state(backend: str) -> None:
     assert y.shape == (2, 3, 4) and state.shape == (2, 0, 4)
     y, state = gated_conv1d_step(x[:, :0], before, weight, dilation=5, backend=backend)
     assert y.shape == (2, 0, 4) and torch.equal(state, before)
+
+
+def test_a_state_is_kept_while_others_append_to_it(backend: str) -> None:
+    """Steps that do not copy the state: two continuations of one state, each kept state used again later."""
+    case = Case(L=64, C_in=3, C_out=3, padding="causal")
+    inputs, options = case.inputs(torch.float32), {"dilation": 5, "backend": backend}
+    x = inputs.pop("x")
+    other = x.flip(1)
+    states, copies = [None], []
+    for t in range(40):
+        states.append(gated_conv1d_step(x[:, t : t + 1], states[-1], **inputs, **options)[1])
+        copies.append(states[-1].clone())
+    assert len({s.untyped_storage().data_ptr() for s in states[1:]}) <= 5, "a copy in every 10th step, S = 10"
+    for t in (3, 11, 39, 20, 3):
+        whole = gated_conv1d(torch.cat([x[:, : t + 1], other], 1), **inputs, **options, padding="causal")
+        y, following = gated_conv1d_step(other[:, :7], states[t + 1], **inputs, **options)
+        again, _ = gated_conv1d_step(other[:, 7:], following, **inputs, **options)
+        got = torch.cat([y, again], 1)
+        if backend == "reference":
+            assert torch.allclose(got, whole[:, t + 1 :], rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(got, whole[:, t + 1 :])
+    assert all(torch.equal(s, c) for s, c in zip(states[1:], copies, strict=True))
+
+
+def test_states_cross_modes(backend: str) -> None:
+    """A state made in inference mode continues outside it, and one that autograd has saved may be appended to."""
+    x, weight, before = torch.randn(2, 9, 4), torch.randn(8, 4, 3), torch.randn(2, 10, 4)
+    with torch.inference_mode():
+        _, state = gated_conv1d_step(x[:, :3], before, weight, dilation=5, backend=backend)
+    with torch.no_grad():
+        _, state = gated_conv1d_step(x[:, 3:6], state, weight, dilation=5, backend=backend)
+    factor = torch.ones(4, requires_grad=True)
+    product = (state * factor).sum()
+    with torch.no_grad():
+        _, last = gated_conv1d_step(x[:, 6:], state, weight, dilation=5, backend=backend)
+    assert torch.equal(last, torch.cat([before, x], 1)[:, -10:])
+    (gradient,) = torch.autograd.grad(product, factor)
+    assert torch.allclose(gradient, state.sum((0, 1)))
+    copied = copy.deepcopy(last)
+    _, after = gated_conv1d_step(x[:, :1], copied, weight, dilation=5, backend=backend)
+    assert torch.equal(after, torch.cat([before, x, x[:, :1]], 1)[:, -10:])
+
+
+def test_step_compiles_whole() -> None:
+    x, weight, before = torch.randn(2, 3, 4), torch.randn(8, 4, 3), torch.randn(2, 10, 4)
+    compiled = torch.compile(gated_conv1d_step, fullgraph=True, backend="aot_eager")
+    state = expected_state = before
+    for _ in range(3):
+        y, state = compiled(x, state, weight, dilation=5)
+        expected, expected_state = gated_conv1d_step(x, expected_state, weight, dilation=5)
+        assert torch.equal(y, expected) and torch.equal(state, expected_state)
 
 
 def test_gradients_through_steps(backend: str) -> None:
