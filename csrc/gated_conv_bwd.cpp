@@ -2,7 +2,6 @@
 // kernels/cpu/gated_conv_bwd.cpp.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <array>
@@ -71,7 +70,8 @@ void backward_weight(const GatedConvCall& call, void* value_dweight, void* gate_
   const int64_t most = std::min({kPartials, kPartialBytes / partial_bytes, work.size() / kUnitsPerPartial});
   int64_t partials = 1;
   while (2 * partials <= most) partials *= 2;  // a power of two divides evenly among threads
-  const at::Tensor buffer = at::zeros({partials * partial_bytes}, at::kByte);
+  const at::Tensor buffer = bytes(partials * partial_bytes);
+  if (work.size() == 0) buffer.zero_();
   char* partial = static_cast<char*>(buffer.mutable_data_ptr());
 
   // Each split transposes dh for itself: no more of them than threads need.
@@ -79,8 +79,10 @@ void backward_weight(const GatedConvCall& call, void* value_dweight, void* gate_
   const int64_t splits = std::min(columns, (threads + partials - 1) / partials);
   parallel_items(partials * splits, k.backward_weight_scratch(args, work.max_rows()), [&](int64_t item, void* scratch) {
     const int64_t p = item / splits, split = item % splits;
-    for (int64_t unit = work.size() * p / partials; unit < work.size() * (p + 1) / partials; unit++) {
-      k.backward_weight(args, work[unit], partial + p * partial_bytes, columns * split / splits, columns * (split + 1) / splits, scratch);
+    const int64_t first = work.size() * p / partials;
+    for (int64_t unit = first; unit < work.size() * (p + 1) / partials; unit++) {
+      k.backward_weight(args, work[unit], partial + p * partial_bytes, unit > first, columns * split / splits,
+                        columns * (split + 1) / splits, scratch);
     }
   });
   constexpr int64_t kRows = 16;

@@ -1,6 +1,8 @@
 """gated_conv1d: any strides of inputs and incoming gradients, and nothing read or written beside the tensors.
 `#n` names a line of the project's failure checklist."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,16 @@ def test_seven_input_layouts_by_seven_gradient_layouts(layout: str, grad: str, d
         assert_same(backend, got, evaluate(inputs, dy.contiguous().clone(), **p.options, backend=backend), case)
         if backend == "cpu":
             assert all(t.is_contiguous() for t in got.values())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_channels_first_by_sizes(dtype: str, kernels: str) -> None:
+    """#7, #9: transposes in registers, whole blocks and tails of rows and columns, single columns and pairs."""
+    for length, channels in itertools.product((1, 15, 16, 33, 70), (1, 16, 31, 32, 49, 64)):
+        p = problem(Case(B=2, L=length, C_in=channels, C_out=5, residual="none", K=2), FLOATS[dtype])
+        first = p.inputs["x"].transpose(1, 2).contiguous().transpose(1, 2)
+        got = evaluate(p.inputs | {"x": first}, p.case.dy, **p.options, backend=kernels)
+        assert_equal(got, evaluate(p.inputs, p.case.dy, **p.options, backend=kernels), (length, channels))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -173,6 +173,13 @@ def test_long_reach(dtype: str, padding: str, kernels: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_kernel_sizes_by_channels(dtype: str, kernels: str) -> None:
+    """#9: vectors of channels whose taps are interleaved, by shuffles up to 8 taps and one by one beyond."""
+    for k, channels in itertools.product((3, 4, 5, 7, 8, 9), (15, 32, 49)):
+        check_case(Case(B=1, L=70, C_in=channels, C_out=channels, K=k), FLOATS[dtype], kernels)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_many_rows(dtype: str, kernels: str) -> None:
     """Several blocks a sequence, several sequences a block, and sums over both."""
     for case in [

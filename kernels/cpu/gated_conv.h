@@ -96,11 +96,12 @@ struct GatedConvKernels {
                           int64_t begin, int64_t end);
   int64_t (*backward_input_scratch)(const GatedConvArgs&, int64_t rows);
   void (*backward_input)(const GatedConvArgs&, const void* packed, const Blocks&, int64_t begin, int64_t end, void* scratch);
-  // Partial weight gradients: adds the rows of some blocks to column blocks [begin, end) of `partial`, counted over taps x blocks of c_in.
+  // Partial weight gradients: the rows of some blocks make, or with `add` are added to, column blocks [begin, end) of `partial`, counted
+  // over taps x blocks of c_in.
   int64_t (*weight_column_blocks)(const GatedConvArgs&);
   int64_t (*partial_elements)(const GatedConvArgs&);
   int64_t (*backward_weight_scratch)(const GatedConvArgs&, int64_t rows);
-  void (*backward_weight)(const GatedConvArgs&, const Blocks&, void* partial, int64_t begin, int64_t end, void* scratch);
+  void (*backward_weight)(const GatedConvArgs&, const Blocks&, void* partial, bool add, int64_t begin, int64_t end, void* scratch);
   // Rows [begin, end) of the 2 * c_out of dweight = the sum of `partials` in their order.
   void (*reduce_weight)(const GatedConvArgs&, const void* partials, int64_t count, void* value_dweight, void* gate_dweight, int64_t begin,
                         int64_t end);

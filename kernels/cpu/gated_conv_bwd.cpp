@@ -10,6 +10,7 @@
 // Saved by forward: v and g. dh exists once, in panel type; the two products read it in place.
 #include "gated_conv.h"
 #include "gated_conv_rows.h"
+#include "interleave.h"
 
 namespace pykernels::PYKERNELS_TIER {
 namespace {
@@ -120,19 +121,19 @@ void pack_transposed(void* packed, const void* value_weight, const void* gate_we
                      int64_t begin, int64_t end) {
   constexpr int W = Product<P>::kLanes;
   const int64_t half_depth = panel_width<P>(c_out), depth = 2 * half_depth, tap_size = tap_weights<P>(depth);
+  const Interleaved<Arithmetic<P>> of_taps(taps);
+  const auto weights = [&](int64_t e) {  // [c_in, taps] of inner element e, null for one of the padding
+    const int64_t output = e % half_depth;
+    return output < c_out ? static_cast<const T*>(e < half_depth ? value_weight : gate_weight) + output * c_in * taps : nullptr;
+  };
   for (int64_t block = begin; block < end; block++) {
     P* to = static_cast<P*>(packed) + (block - begin) * taps * tap_size;
     for (int half = 0; half < 2; half++) {
       const int64_t column = block * kBlockColumns<P> + half * W, n = max<int64_t>(0, min<int64_t>(W, c_in - column));
-      for (int64_t e = 0; e < depth; e++) {
-        const int64_t output = e % half_depth;
-        const bool exists = output < c_out && n > 0;
-        const T* from = static_cast<const T*>(e < half_depth ? value_weight : gate_weight) + (exists ? (output * c_in + column) * taps : 0);
-        for (int64_t tap = 0; tap < taps; tap++) {
-          alignas(64) T lanes[W] = {};
-          for (int64_t i = 0; i < n && exists; i++) lanes[i] = from[i * taps + tap];
-          put_packed(to + tap * tap_size, e, half, load(lanes));
-        }
+      const auto lanes = [&](const T* from, int64_t tap) { return of_taps.load(from ? from + column * taps : from, tap, from ? n : 0); };
+      for (int64_t e = 0; e < depth; e += 2) {
+        const T *even = weights(e), *odd = weights(e + 1);
+        for (int64_t tap = 0; tap < taps; tap++) put_packed_pair(to + tap * tap_size, e, half, lanes(even, tap), lanes(odd, tap));
       }
     }
   }
@@ -296,18 +297,20 @@ struct WeightTile {
   const C* acc;
   int64_t half_stride;
   C* partial;
+  bool add;
 
   PYKERNELS_INLINE void row(int64_t r) const {
     constexpr int W = kLanes<C>;
     for (int half = 0; half < 2; half++) {
       C* to = partial + r * 2 * W + half * W;
-      store(to, load(to) + load(acc + half * half_stride + r * W));
+      const Vec<C> sum = load(acc + half * half_stride + r * W);
+      store(to, add ? load(to) + sum : sum);
     }
   }
 };
 
 template <class T, class P>
-void backward_weight(const GatedConvArgs& args, const Blocks& blocks, void* partial, int64_t begin, int64_t end, void* memory) {
+void backward_weight(const GatedConvArgs& args, const Blocks& blocks, void* partial, bool add, int64_t begin, int64_t end, void* memory) {
   using C = Arithmetic<P>;
   const int64_t outputs = 2 * args.dh_half, depth = panel_width<P>(blocks.rows), stride = transposed_stride<P>(depth);
   Scratch scratch(memory);
@@ -335,7 +338,7 @@ void backward_weight(const GatedConvArgs& args, const Blocks& blocks, void* part
     const Tap<P> all{dh, stride, 0};
     for_each_tile(&all, 1, outputs, depth, static_cast<const P*>(x), 0, 0, 1, [&](int64_t, int64_t row, const C* acc) {
       return WeightTile<C>{acc, Product<P>::kRows * Product<P>::kLanes,
-                           static_cast<C*>(partial) + (index * outputs + row) * kBlockColumns<P>};
+                           static_cast<C*>(partial) + (index * outputs + row) * kBlockColumns<P>, add};
     });
   }
   Product<P>::end();
@@ -347,22 +350,20 @@ void reduce_weight(const GatedConvArgs& args, const void* partials, int64_t coun
   using C = Arithmetic<P>;
   constexpr int W = Product<P>::kLanes;
   const int64_t elements = partial_elements<P>(args), columns = weight_columns<P>(args);
+  const Interleaved<C> of_taps(args.taps);
   for (int64_t row = begin; row < end; row++) {
     const bool is_gate = row >= args.c_out;
     const int64_t output = is_gate ? row - args.c_out : row, dh_row = is_gate ? args.dh_half + output : output;
     T* to = static_cast<T*>(is_gate ? gate_dweight : value_dweight) + output * args.c_in * args.taps;
-    for (int64_t tap = 0; tap < args.taps; tap++) {
-      for (int64_t column = 0; column < args.c_in; column += W) {
+    for (int64_t column = 0; column < args.c_in; column += W) {
+      of_taps.store(to + column * args.taps, min<int64_t>(W, args.c_in - column), [&](int64_t tap) {
         const int64_t block = tap * columns + column / kBlockColumns<P>;
         const C* from =
             static_cast<const C*>(partials) + (block * 2 * args.dh_half + dh_row) * kBlockColumns<P> + column % kBlockColumns<P>;
         Vec<C> sum = load(from);
         for (int64_t p = 1; p < count; p++) sum += load(from + p * elements);
-        alignas(64) T lanes[W];
-        store(lanes, sum);
-        const int64_t n = min<int64_t>(W, args.c_in - column);
-        for (int64_t i = 0; i < n; i++) to[(column + i) * args.taps + tap] = lanes[i];
-      }
+        return sum;
+      });
     }
   }
 }

@@ -18,19 +18,6 @@ int64_t tap_weights(int64_t depth) {
   return depth * 2 * Product<P>::kLanes;
 }
 
-// Loads and stores of one vector of columns of which n exist.
-template <class T>
-PYKERNELS_INLINE auto load_columns(const T* p, int64_t n) {
-  return n >= kLanes<Arithmetic<T>> ? load(p) : load_n(p, n);
-}
-template <class T, class V>
-PYKERNELS_INLINE void store_columns(T* p, V v, int64_t n) {
-  if (n >= kLanes<Arithmetic<T>>)
-    store(p, v);
-  else
-    store_n(p, v, n);
-}
-
 // Shrinks a block to the rows from its first to its last one that is below `live` and not masked. Row r has mask byte r + shift.
 PYKERNELS_INLINE void trim(Block& block, const GatedConvArgs& args, int64_t live, int64_t shift) {
   const uint8_t* mask = args.sequences[block.sequence].mask;

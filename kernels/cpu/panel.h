@@ -40,12 +40,44 @@ PYKERNELS_INLINE void convert_row(P* to, const T* from, int64_t n, int64_t width
   }
 }
 
+// Lanes of two rows as pairs of a 16-bit P, the first row's low.
+template <class P, class T>
+PYKERNELS_INLINE vuint load_pairs(const T* low, const T* high) {
+  static_assert(__is_same(T, P) || __is_same(P, bf16));
+  const auto bits = [](const T* p) {
+    if constexpr (__is_same(T, P)) {
+      vhalf h;
+      memcpy(&h, p, sizeof h);
+      return __builtin_convertvector(h, vuint);
+    } else {
+      return __builtin_convertvector(narrow_bf16(load(p)), vuint);
+    }
+  };
+  return bits(low) | (bits(high) << 16);
+}
+
 // W x W blocks from a matrix whose rows are adjacent in memory (a channels-first tensor seen as [L, C]).
 template <class P, class T>
 void gather_transposed(P* to, int64_t to_stride, const Rows<T>& x, int64_t first, int64_t n) {
   using C = Arithmetic<P>;
   constexpr int W = kLanes<C>;
-  for (int64_t c = 0; c < x.columns; c += W) {
+  int64_t c = 0;
+  if constexpr (sizeof(P) == 2) {  // pairs of columns: half the shuffles, whole vectors to store
+    for (; c + 2 * W <= x.columns; c += 2 * W) {
+      const auto column = [&](int64_t i) { return x.data + (c + i) * x.column_stride + first; };
+      int64_t r = 0;
+      for (; r + W <= n; r += W) {
+        vuint v[W];
+        for (int64_t i = 0; i < W; i++) v[i] = load_pairs<P>(column(2 * i) + r, column(2 * i + 1) + r);
+        transpose(v);
+        for (int64_t i = 0; i < W; i++) memcpy(to + (r + i) * to_stride + c, &v[i], sizeof v[i]);
+      }
+      for (; r < n; r++) {
+        for (int64_t i = 0; i < 2 * W; i++) store_scalar(to + r * to_stride + c + i, load_scalar(column(i) + r));
+      }
+    }
+  }
+  for (; c < x.columns; c += W) {
     const int64_t nc = min<int64_t>(W, x.columns - c);
     for (int64_t r = 0; r < n; r += W) {
       const int64_t nr = min<int64_t>(W, n - r);

@@ -230,6 +230,19 @@ PYKERNELS_INLINE void store_scalar(T* p, Arithmetic<T> v) {
   }
 }
 
+// Loads and stores of one vector of columns of which n exist.
+template <class T>
+PYKERNELS_INLINE auto load_columns(const T* p, int64_t n) {
+  return n >= kLanes<Arithmetic<T>> ? load(p) : load_n(p, n);
+}
+template <class T, class V>
+PYKERNELS_INLINE void store_columns(T* p, V v, int64_t n) {
+  if (n >= kLanes<Arithmetic<T>>)
+    store(p, v);
+  else
+    store_n(p, v, n);
+}
+
 // ---- elementary functions ------------------------------------------------------------------------------------------------------------
 
 // e^x for x in [-87.3, 88.3], clamped outside; about 1 ulp. NaN stays NaN: each clamp keeps x when the comparison is false.
