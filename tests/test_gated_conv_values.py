@@ -179,6 +179,23 @@ def test_kernel_sizes_by_channels(dtype: str, kernels: str) -> None:
         check_case(Case(B=1, L=70, C_in=channels, C_out=channels, K=k), FLOATS[dtype], kernels)
 
 
+def test_gates_of_every_bfloat16_value(kernels: str) -> None:
+    """sigmoid and tanh of all 65,536 bf16 numbers: the rounding to bf16 and 1/32 of a unit in its last place."""
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(1, -1, 1)
+    ones, weight = torch.ones_like(values), torch.zeros(2, 1, 1, dtype=torch.bfloat16)
+    for name, cond, exact in [
+        ("sigmoid", [ones, values], values.double().sigmoid()),
+        ("tanh", [values, 100 * ones], values.double().tanh()),
+    ]:
+        act = "tanh" if name == "tanh" else "identity"
+        options = {"cond": torch.cat(cond, 2), "residual": "none", "value_act": act, "backend": kernels}
+        got = gated_conv1d(torch.zeros_like(values), weight, **options).double()
+        assert torch.equal(got.isnan(), exact.isnan()), name
+        # Below e^-87 the sigmoid is cut off, as e^x is.
+        error = (got - exact).abs() - 2.0**-125
+        assert (error[~exact.isnan()] <= 2.0**-7 * (1 / 2 + 1 / 32) * exact.abs()[~exact.isnan()]).all(), name
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_many_rows(dtype: str, kernels: str) -> None:
     """Several blocks a sequence, several sequences a block, and sums over both."""

@@ -65,7 +65,7 @@ struct GateTile {
       z += load_columns(gate_cond + r * cond_row, n);
     }
     if (factors) z *= load_columns(factors + r * factor_row, n);
-    const Vec<C> g = sigmoid_to<T>(z), v = kAct == ValueAct::tanh ? tanh(c) : c;
+    const Vec<C> g = sigmoid_to<T>(z), v = kAct == ValueAct::tanh ? tanh_to<T>(c) : c;
     Vec<C> out = g * v;
     if constexpr (kResidual != Residual::none) {
       const Vec<C> xr = load_columns(x + r * x_row, n);
