@@ -22,8 +22,8 @@ BASELINE_CAPS = {
 
 EXAMPLES = """\
 examples:
-  python -m bench --quick                            the telling cases, about 3 minutes on two cores
-  python -m bench                                    everything, 20 to 30 minutes
+  python -m bench --quick                            the telling cases, 3 minutes on two fast cores
+  python -m bench                                    everything, 10 minutes and more
   python -m bench gated_conv --dtype bf16            one operator, one dtype
   python -m bench --threads 1 --case "B1 L512"       the cases with this text in their name, one thread
   python -m bench --json now.json --plot now.png     all numbers, and a picture
