@@ -28,6 +28,7 @@ RANDOM = "ours, random lengths"
 PREPACKED = "ours, prepacked"
 PACKING = "ours, packing alone"
 RECOMPUTE = "ours, recompute"
+DROPOUT = "ours, gate dropout 0.1"
 GEMM = "bare GEMM"
 GEMM_T = "bare GEMM, weight [2C, K*C]"
 
@@ -160,6 +161,7 @@ def training_variants(problem: Problem) -> dict[str, Call | None]:
     return {
         OURS: _training(partial(ours, s), problem),
         RECOMPUTE: _training(partial(ours, s, recompute=True), problem),
+        DROPOUT: _training(partial(ours, s, gate_dropout=0.1, training=True), problem),
         "eager": _training(partial(eager, s), problem),
         "shifted matmul": _training(partial(shifted_matmul, s), problem),
         GEMM: BareGemm(s, problem.dtype).training,

@@ -59,7 +59,8 @@ at::Tensor random_bits(const at::Tensor& seed, int64_t rows, int64_t n, int64_t 
   const auto kernel = random_bits_kernel();
   const auto bits = static_cast<uint64_t>(seed.item<int64_t>());
   constexpr int64_t kRows = 64;
-  parallel_items((rows + kRows - 1) / kRows, (n + 7) / 8 * 8 * int64_t(sizeof(uint16_t)), [&](int64_t item, void* scratch) {
+  const int64_t scratch_bytes = ((n + 7) / 8 * 8 + kDrawsScratch) * int64_t(sizeof(uint16_t));
+  parallel_items((rows + kRows - 1) / kRows, scratch_bytes, [&](int64_t item, void* scratch) {
     kernel(draws.mutable_data_ptr<int32_t>(), bits, item * kRows, std::min(rows, (item + 1) * kRows), n, uint32_t(stream), uint32_t(step),
            static_cast<uint16_t*>(scratch));
   });

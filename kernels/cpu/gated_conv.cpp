@@ -49,8 +49,7 @@ struct GateTile {
   Vec<C> value_bias, gate_bias;
   const T *value_cond, *gate_cond;
   int64_t cond_row;
-  const C* factors;
-  int64_t factor_row;
+  RandomFactors<C> factors;
   const T* x;
   int64_t x_row;
   T *y, *saved_value, *saved_gate;
@@ -64,7 +63,7 @@ struct GateTile {
       c += load_columns(value_cond + r * cond_row, n);
       z += load_columns(gate_cond + r * cond_row, n);
     }
-    if (factors) z *= load_columns(factors + r * factor_row, n);
+    if (factors.draws) z *= factors.at(r, 0);
     const Vec<C> g = sigmoid_to<T>(z), v = kAct == ValueAct::tanh ? tanh_to<T>(c) : c;
     Vec<C> out = g * v;
     if constexpr (kResidual != Residual::none) {
@@ -92,8 +91,7 @@ int64_t forward_scratch(const GatedConvArgs& args, int64_t rows) {
   using C = Arithmetic<P>;
   int64_t bytes = Scratch::bytes<Tap<P>>(args.taps) + Scratch::bytes<P>(panel_elements<P>(args, rows, panel_width<P>(args.c_in))) +
                   Scratch::bytes<T>(rows * args.c_in);
-  if (args.random != GateRandom::none)
-    bytes += Scratch::bytes<C>(rows * padded_draws(args)) + Scratch::bytes<uint16_t>(rows * padded_draws(args));
+  bytes += RandomFactors<C>::scratch(args, rows);
   if (args.value_cond && !args.cond_per_row) bytes += 2 * Scratch::bytes<T>(rows * args.c_out);
   return bytes;
 }
@@ -129,12 +127,7 @@ void forward_rows(const GatedConvArgs& args, const void* packed, const Blocks& b
     all.saved_gate = static_cast<T*>(args.saved_gate) + row0 * args.c_out;
   }
   if (kResidual != Residual::none) all.x = residual_rows(scratch.take<T>(rows * args.c_in), all.x_row, args, blocks);
-  if (args.random != GateRandom::none) {
-    C* factors = scratch.take<C>(rows * padded_draws(args));
-    random_factors(factors, scratch.take<uint16_t>(rows * padded_draws(args)), args, row0, rows);
-    all.factors = factors;
-    all.factor_row = padded_draws(args);
-  }
+  all.factors = RandomFactors<C>(args, row0, rows, scratch);
   if (args.value_cond && args.cond_per_row) {
     all.value_cond = static_cast<const T*>(args.value_cond) + row0 * args.cond_row;
     all.gate_cond = static_cast<const T*>(args.gate_cond) + row0 * args.cond_row;
@@ -160,7 +153,7 @@ void forward_rows(const GatedConvArgs& args, const void* packed, const Blocks& b
       tile.saved_gate += row * args.c_out + column;
     }
     if (kResidual != Residual::none) tile.x += row * all.x_row + column;
-    if (all.factors) tile.factors += row * all.factor_row + column;
+    if (all.factors.draws) tile.factors.draws += row * all.factors.row + column;
     if (all.value_cond) {
       tile.value_cond += row * all.cond_row + column;
       tile.gate_cond += row * all.cond_row + column;

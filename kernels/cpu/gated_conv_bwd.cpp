@@ -19,8 +19,7 @@ namespace {
 
 template <class T, class P>
 int64_t backward_gate_scratch(const GatedConvArgs& args, int64_t rows) {
-  return Scratch::bytes<T>(rows * args.c_in) + Scratch::bytes<Arithmetic<P>>(rows * padded_draws(args)) +
-         Scratch::bytes<uint16_t>(rows * padded_draws(args));
+  return Scratch::bytes<T>(rows * args.c_in) + RandomFactors<Arithmetic<P>>::scratch(args, rows);
 }
 
 template <class T, class P, Residual kResidual, ValueAct kAct>
@@ -34,11 +33,7 @@ void gate_rows(const GatedConvArgs& args, const Block& block, Arithmetic<P>* sum
   const T* x = kResidual == Residual::highway
                    ? residual_rows(scratch.take<T>(block.rows * args.c_in), x_row, args, Blocks{&block, 1, block.rows})
                    : nullptr;
-  C* factors = nullptr;
-  if (args.random != GateRandom::none) {
-    factors = scratch.take<C>(block.rows * padded_draws(args));
-    random_factors(factors, scratch.take<uint16_t>(block.rows * padded_draws(args)), args, row0, block.rows);
-  }
+  const RandomFactors<C> factors(args, row0, block.rows, scratch);
   for (int64_t r = 0; r < block.rows; r++) {
     const int64_t row = row0 + r, t = block.first + r;
     P* dh = static_cast<P*>(args.dh) + row * args.dh_row;
@@ -62,7 +57,7 @@ void gate_rows(const GatedConvArgs& args, const Block& block, Arithmetic<P>* sum
       if constexpr (kResidual == Residual::highway) dg = d * (v - load_columns(x + r * x_row + column, columns));
       if constexpr (kAct == ValueAct::tanh) dc *= C(1) - v * v;
       Vec<C> dz = dg * (g * (C(1) - g));
-      if (factors) dz *= load_columns(factors + r * padded_draws(args) + column, columns);
+      if (factors.draws) dz *= factors.at(r, column);
       store_columns(dh + column, dc, columns);
       store_columns(dh + args.dh_half + column, dz, columns);
       store_columns(sums + column, load_columns(sums + column, columns) + dc, columns);

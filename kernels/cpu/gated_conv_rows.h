@@ -97,22 +97,41 @@ const T* residual_rows(T* panel, int64_t& stride, const GatedConvArgs& args, con
   return panel;
 }
 
-PYKERNELS_INLINE int64_t padded_draws(const GatedConvArgs& args) { return round_up(args.c_out, 8); }
-
-// What the gate logits of output rows [row, row + rows) are multiplied with, [rows, padded_draws]: a row's draws follow the previous row's.
+// What the gate logits are multiplied with: a vector of factors from as many draws. The draws of output rows lie one behind the other,
+// `row` of them each, the last vector's rest included.
 template <class C>
-void random_factors(C* factors, uint16_t* draws, const GatedConvArgs& args, int64_t row, int64_t rows) {
-  const int64_t width = padded_draws(args);
-  philox_draws(draws, args.seed, uint64_t(row) * uint64_t(width / 8), rows * width / 8, 0, 0);
-  if (args.random == GateRandom::dropout) {
-    for (int64_t i = 0; i < rows * width; i++) factors[i] = draws[i] < args.keep_threshold ? C(args.random_scale) : C(0);
-  } else {
-    for (int64_t i = 0; i < rows * width; i++) {
-      const float e = args.random_scale * (float(2 * draws[i] + 1) / 65536.f - 1.f);
-      factors[i] = C(1) + C(e);
-    }
+struct RandomFactors {
+  typedef typename VecOf<uint16_t, kLanes<C> * 2>::type Draws;
+  typedef typename VecOf<float, kLanes<C> * 4>::type Floats;
+
+  const uint16_t* draws = nullptr;  // null: no factors
+  int64_t row;
+  GateRandom random;
+  float threshold, scale;
+
+  static int64_t row_draws(const GatedConvArgs& args) { return round_up(args.c_out, 8); }
+  static int64_t scratch(const GatedConvArgs& args, int64_t rows) {
+    return args.random == GateRandom::none ? 0 : Scratch::bytes<uint16_t>(rows * row_draws(args) + kDrawsPadding + kLanes<C>);
   }
-}
+
+  RandomFactors(const GatedConvArgs& args, int64_t first, int64_t rows, Scratch& memory)
+      : row(row_draws(args)), random(args.random), threshold(float(args.keep_threshold)), scale(args.random_scale) {
+    if (random == GateRandom::none) return;
+    uint16_t* to = memory.take<uint16_t>(rows * row + kDrawsPadding + kLanes<C>);
+    philox_draws(to, args.seed, uint64_t(first) * uint64_t(row / 8), rows * row / 8, 0, 0);
+    draws = to;
+  }
+  RandomFactors() = default;
+
+  PYKERNELS_INLINE Vec<C> at(int64_t r, int64_t column) const {
+    Draws drawn;
+    memcpy(&drawn, draws + r * row + column, sizeof drawn);
+    const Floats u = __builtin_convertvector(drawn, Floats);  // exact, like 2 u + 1
+    const Floats f =
+        random == GateRandom::dropout ? (u < threshold ? Floats{} + scale : Floats{}) : scale * ((u * 2.f + 1.f) / 65536.f - 1.f);
+    return random == GateRandom::dropout ? __builtin_convertvector(f, Vec<C>) : C(1) + __builtin_convertvector(f, Vec<C>);
+  }
+};
 
 }  // namespace
 }  // namespace pykernels::PYKERNELS_TIER

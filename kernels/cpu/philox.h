@@ -21,7 +21,24 @@ PYKERNELS_INLINE void multiply_wide(vuint a, uint32_t m, vuint& high, vuint& low
 #endif
 }
 
-// draws[8 * i + j], j = 0..7: the eight 16-bit draws of counter (first + i, stream, step), i in [0, calls). draws holds 8 * calls.
+// The words of counters 0 ... W - 1 side by side, 16 bytes a counter: two rounds of interleaving.
+PYKERNELS_INLINE void store_words(uint16_t* draws, vuint c0, vuint c1, vuint c2, vuint c3) {
+  constexpr int W = kLanes<float>;
+#pragma GCC unroll 4
+  for (int part = 0; part < 4; part++) {  // counters [part * W / 4, (part + 1) * W / 4)
+    vint pairs, quads;
+    for (int l = 0; l < W; l++) {
+      pairs[l] = part * W / 4 + l / 2 % (W / 4) + l % 2 * W;
+      quads[l] = l / 4 * 2 + l % 2 + l / 2 % 2 * W;
+    }
+    const vuint words = __builtin_shuffle(__builtin_shuffle(c0, c1, pairs), __builtin_shuffle(c2, c3, pairs), quads);
+    memcpy(draws + part * 2 * W, &words, sizeof words);
+  }
+}
+
+// draws[8 * i + j], j = 0..7: the eight 16-bit draws of counter (first + i, stream, step), i in [0, calls), in the order of a little-endian
+// memory. Writes kDrawsPadding more at most.
+constexpr int64_t kDrawsPadding = 8 * (kLanes<float> - 1);
 void philox_draws(uint16_t* draws, uint64_t seed, uint64_t first, int64_t calls, uint32_t stream, uint32_t step) {
   constexpr int W = kLanes<float>;
   vuint lane;
@@ -44,14 +61,7 @@ void philox_draws(uint16_t* draws, uint64_t seed, uint64_t first, int64_t calls,
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    const int64_t n = min<int64_t>(W, calls - done);
-    for (int64_t i = 0; i < n; i++) {
-      const uint32_t words[4] = {c0[i], c1[i], c2[i], c3[i]};  // low half first: the little-endian layout of two draws
-      for (int w = 0; w < 4; w++) {
-        draws[8 * (done + i) + 2 * w] = uint16_t(words[w]);
-        draws[8 * (done + i) + 2 * w + 1] = uint16_t(words[w] >> 16);
-      }
-    }
+    store_words(draws + 8 * done, c0, c1, c2, c3);
   }
 }
 
