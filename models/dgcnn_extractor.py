@@ -316,7 +316,7 @@ class Targets(NamedTuple):
 
 
 def extractor_loss(subjects: Spans, objects: Spans, targets: Targets, mask: Tensor) -> Tensor:
-    """The sum of four binary cross-entropies, of starts and ends: summed over predicates, means over live characters."""
+    """The four binary cross-entropies of starts and ends: sums over predicates, means over live characters."""
 
     def of(probability: Tensor, target: Tensor) -> Tensor:
         live = mask if probability.dim() == 2 else mask.unsqueeze(-1)
