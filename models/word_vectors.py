@@ -40,6 +40,7 @@ class WordVectors:
         self.words = list(words)
         self.table = torch.cat([torch.zeros(1, vectors.shape[1]), vectors.float()])
         self._row = {word: row for row, word in enumerate(self.words, 1)}
+        self._of_words = any(len(word) > 1 for word in self.words)
         self._tokenizer: Any = None
 
     @property
@@ -48,7 +49,7 @@ class WordVectors:
 
     def rows(self, text: str) -> list[int]:
         """A row of `table` for each character of the text."""
-        if self._tokenizer is None and any(len(word) > 1 for word in self.words):
+        if self._of_words and self._tokenizer is None:
             self._tokenizer = _segmenter(self.words)
         rows: list[int] = []
         for word in self._tokenizer.cut(text, HMM=False) if self._tokenizer else text:

@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 
 from pykernels.models.files import save_tensors
 
+from .run import Refused
+
 
 def save(path: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, progress: Mapping[str, Any]) -> None:
     """progress: whatever JSON can hold."""
@@ -37,15 +39,15 @@ def save(path: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, pro
 
 
 def load(path: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer) -> dict[str, Any]:
-    """Puts everything back and returns the progress. Raises ValueError for a file that is no such checkpoint."""
+    """Puts everything back and returns the progress. Refuses a file that is no such checkpoint."""
     try:
         with safe_open(path, "pt") as file:
             about = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
     except SafetensorError as error:
-        raise ValueError(f"{path}: no checkpoint: {error}") from None
+        raise Refused(f"{path}: no checkpoint: {error}") from None
     if missing := {"progress", "optimizer_groups", "optimizer_plain"} - about.keys():
-        raise ValueError(f"{path}: no checkpoint of a run: it lacks {', '.join(sorted(missing))}")
+        raise Refused(f"{path}: no checkpoint of a run: it lacks {', '.join(sorted(missing))}")
     for name, module in modules.items():
         prefix = f"module.{name}."
         module.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})

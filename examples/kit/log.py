@@ -10,10 +10,13 @@ from pykernels.models.files import write_atomically
 
 
 class Log:
-    """Rows with the given columns, the first of which is "step"; what a row does not name stays empty."""
+    """Rows with the given columns, the first of which is "step"; what a row does not name stays empty.
+
+    rows: how many there are, the buffered ones among them.
+    """
 
     def __init__(self, path: Path, columns: list[str]) -> None:
-        self.path, self.columns = path, columns
+        self.path, self.columns, self.rows = path, columns, 0
         self._waiting: list[dict[str, Any]] = []
 
     def add(self, **values: Any) -> None:
@@ -21,6 +24,7 @@ class Log:
         if unknown:
             raise ValueError(f"log: no column {', '.join(sorted(unknown))}")
         self._waiting.append({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+        self.rows += 1
 
     def flush(self) -> None:
         new = not self.path.exists()
@@ -31,11 +35,10 @@ class Log:
             writer.writerows(self._waiting)
         self._waiting.clear()
 
-    def cut_after(self, step: int) -> None:
-        """Drops the rows of later steps: those that a resumed run takes again."""
-        if not self.path.exists():
-            return
-        rows = [row for row in read(self.path) if int(row["step"]) <= step]
+    def cut(self, count: int) -> None:
+        """Keeps the first `count` rows; a resumed run makes the others again."""
+        rows = read(self.path)[:count] if count else []
+        self.rows = len(rows)
 
         def write(path: Path) -> None:
             with open(path, "w", newline="", encoding="utf-8") as file:

@@ -37,6 +37,9 @@ class Run:
                 raise Refused(f"{folder} was begun with other options: " + "; ".join(changed))
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # What a killed process was writing when it ended.
+            for unfinished in folder.glob(f".{self.checkpoint.name}.*"):
+                unfinished.unlink()
             self._write("config.json", kit_config.to_json(config))
             self._write("versions.json", json.dumps(env.collect(), indent=1) + "\n")
         except OSError as error:

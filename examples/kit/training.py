@@ -81,6 +81,7 @@ class State:
     best: float = -1.0
     best_epoch: int = 0
     epoch_seconds: float = 0.0
+    log_rows: int = 0
 
 
 class Trainer(ABC):
@@ -130,11 +131,12 @@ class Trainer(ABC):
 
     def save(self) -> None:
         self.run.log.flush()
+        self.state.log_rows = self.run.log.rows
         checkpoint.save(self.run.checkpoint, self._modules(), self.optimizer, dataclasses.asdict(self.state))
 
     def resume(self) -> None:
         self.state = State(**checkpoint.load(self.run.checkpoint, self._modules(), self.optimizer))
-        self.run.log.cut_after(self.state.step)
+        self.run.log.cut(self.state.log_rows)
 
     # --- the loop ---
 
