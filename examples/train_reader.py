@@ -36,8 +36,9 @@ from pykernels.models import DGCNNReader, DGCNNReaderConfig
 from pykernels.models.dgcnn_reader import reader_loss
 from pykernels.models.files import write_atomically
 from pykernels.models.radam import RAdam
-from pykernels.models.reader import MODEL_FILE, Encoded, Reader, Vocabulary
+from pykernels.models.reader import MODEL_FILE, Encoded, Reader
 from pykernels.models.reader_evaluation import Scores, evaluate
+from pykernels.models.vocabulary import Vocabulary
 from pykernels.models.word_vectors import WordVectors
 
 EXAMPLES = """examples:

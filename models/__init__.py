@@ -5,5 +5,13 @@ if __name__ != "pykernels.models":
 
 from .dgcnn_extractor import DGCNNExtractor, DGCNNExtractorConfig
 from .dgcnn_reader import DGCNNReader, DGCNNReaderConfig
+from .dgcnn_reader_2018 import DGCNNReader2018, DGCNNReader2018Config
 
-__all__ = ["DGCNNExtractor", "DGCNNExtractorConfig", "DGCNNReader", "DGCNNReaderConfig"]
+__all__ = [
+    "DGCNNExtractor",
+    "DGCNNExtractorConfig",
+    "DGCNNReader",
+    "DGCNNReader2018",
+    "DGCNNReader2018Config",
+    "DGCNNReaderConfig",
+]

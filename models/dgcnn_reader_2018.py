@@ -89,8 +89,15 @@ class DGCNNReader2018(nn.Module):
 
         def block(in_channels: int, kernel_size: int, dilation: int) -> GatedConv1d:
             residual = "highway" if in_channels == D and kernel_size > 1 else "none"
-            options = {"dilation": dilation, "residual": residual, "gate_noise": config.gate_noise}
-            return GatedConv1d(in_channels, D, kernel_size, backend=backend, **options)
+            return GatedConv1d(
+                in_channels,
+                D,
+                kernel_size,
+                dilation=dilation,
+                residual=residual,
+                gate_noise=config.gate_noise,
+                backend=backend,
+            )
 
         widths = [config.word_size, *[D] * len(config.question_dilations)]
         pairs = zip(widths, config.question_dilations, strict=False)

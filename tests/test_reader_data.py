@@ -16,7 +16,8 @@ from train_reader import crop, draw, encode, make_batch, occurrences, split
 
 from pykernels.models import DGCNNReader, DGCNNReaderConfig
 from pykernels.models import reader as reader_module
-from pykernels.models.reader import Reader, Vocabulary
+from pykernels.models.reader import Reader
+from pykernels.models.vocabulary import Vocabulary
 from pykernels.models.word_vectors import WordVectors
 
 SQUAD = {
