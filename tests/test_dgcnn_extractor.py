@@ -255,7 +255,9 @@ def test_loss_of_saturated_probabilities_is_finite_and_counts_live_characters() 
     mask = torch.tensor([[True, True, True, False]])
     nothing = torch.zeros(1, 4, 2)
     loss = extractor_loss(Spans(p, p), Spans(nothing, nothing), Targets(Spans(y, y), Spans(nothing, nothing)), mask)
-    assert loss.item() == pytest.approx(-2 * (math.log(1e-7) + math.log(0.3)) / 3, rel=1e-5)
+    assert loss.item() == pytest.approx(-2 * (math.log(1e-30) + math.log(0.3)) / 3, rel=1e-5)
+    loss.backward()
+    assert torch.isfinite(p.grad).all() and p.grad[0, 3] == 0
     # Of three classes that are wrong at one of three characters: their sum, a third of it.
     wrong = torch.zeros(1, 4, 3).index_fill(1, torch.tensor([0]), 0.5)
     zeros = Spans(torch.zeros(1, 4), torch.zeros(1, 4))
@@ -263,6 +265,18 @@ def test_loss_of_saturated_probabilities_is_finite_and_counts_live_characters() 
         zeros, Spans(wrong, wrong), Targets(zeros, Spans(torch.zeros(1, 4, 3), torch.zeros(1, 4, 3))), mask
     )
     assert loss.item() == pytest.approx(2 * 3 * math.log(2) / 3, rel=1e-4)
+
+
+def test_a_name_that_is_very_improbable_is_still_learnt() -> None:
+    """At 1e-12 the logits of all five factors get their gradient, of which a probability held at 1e-7 has none."""
+    logits = torch.full((5, 1, 4, 1), math.log(10**-2.4 / (1 - 10**-2.4)), requires_grad=True)
+    p, nothing = logits.sigmoid().prod(0), torch.zeros(1, 4)
+    assert p.max() < 1.1e-12
+    y, zeros = torch.zeros(1, 4, 1).index_fill(1, torch.tensor([2]), 1.0), torch.zeros(1, 4, 1)
+    targets = Targets(Spans(nothing, nothing), Spans(y, zeros))
+    loss = extractor_loss(Spans(nothing, nothing), Spans(p, zeros), targets, torch.ones(1, 4, dtype=torch.bool))
+    loss.backward()
+    assert torch.allclose(logits.grad[:, 0, 2], torch.tensor((10**-2.4 - 1) / 4), rtol=1e-4)
 
 
 def test_errors_name_the_argument() -> None:
@@ -350,7 +364,7 @@ def check_outputs_and_losses(model: DGCNNExtractor, arrays: dict[str, Tensor], m
     targets = Targets(*(Spans(arrays[f"in/{x}1"], arrays[f"in/{x}2"]) for x in "so"))
     nothing = Spans(torch.zeros_like(subjects.start), torch.zeros_like(subjects.start))
     no_object = Spans(torch.zeros_like(objects.start), torch.zeros_like(objects.start))
-    # Of its four parts, each on its own (a zero where a zero is wanted costs 1e-7).
+    # Subjects and objects, each on their own: a zero where a zero is wanted costs nothing.
     for x, loss in (
         ("s", extractor_loss(subjects, no_object, Targets(targets.subjects, no_object), mask)),
         ("o", extractor_loss(nothing, objects, Targets(nothing, targets.objects), mask)),

@@ -72,13 +72,16 @@ class Schedule:
 
 @dataclass
 class State:
-    """Where a run stands; all of it is in the checkpoint. batch: of this epoch, the next one to take."""
+    """Where a run stands; all of it is in the checkpoint. batch: of this epoch, the next one to take.
+
+    best, best_epoch: the highest score above zero, and its epoch; 0 before there is one.
+    """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     stage: int = 1
-    best: float = -1.0
+    best: float = 0.0
     best_epoch: int = 0
     epoch_seconds: float = 0.0
     log_rows: int = 0
@@ -157,8 +160,8 @@ class Trainer(ABC):
             if self.run.resumed:
                 progress.say(f"going on after step {self.state.step}")
             finished = self._epochs(progress, stop)
-        if self.state.best < 0:
-            self.keep()  # nothing is held out, or the first evaluation has not come: the average as it is
+        if not self.state.best_epoch:
+            self.keep()  # nothing is held out, or nothing was right yet: the average as it is
         return finished
 
     def _epochs(self, progress: Progress, stop: Stop) -> bool:
@@ -208,6 +211,7 @@ class Trainer(ABC):
         state.epoch, state.batch, seconds, state.epoch_seconds = state.epoch + 1, 0, state.epoch_seconds, 0.0
         due = state.epoch % config.eval_every == 0 or state.epoch in (config.epochs, config.switch_epoch)
         rated = self.evaluate(progress) if due else None
+        poor = False
         if rated is not None:
             values, text = rated
             row = {"step": state.step, "epoch": state.epoch, "stage": state.stage, "epoch_seconds": seconds}
@@ -216,18 +220,17 @@ class Trainer(ABC):
             if values["score"] > state.best:
                 state.best, state.best_epoch = values["score"], state.epoch
                 self.keep()
-            late = state.epoch >= config.switch_from
-            old = state.epoch - state.best_epoch > config.switch_patience
-            switch = state.epoch >= config.switch_epoch or (late and (old or values["score"] < config.switch_below))
-            if state.stage == 1 and switch and state.epoch < config.epochs:
-                self._second_stage(progress)
+            poor = state.epoch - state.best_epoch > config.switch_patience or values["score"] < config.switch_below
+        switch = state.epoch >= config.switch_epoch or (poor and state.epoch >= config.switch_from)
+        if state.stage == 1 and switch and state.epoch < config.epochs:
+            self._second_stage(progress)
         self.save()
 
     def _second_stage(self, progress: Progress) -> None:
-        """The best weights again, a new average, a new optimizer state, and the second rate."""
+        """The best weights (the average, where none is); a new average and optimizer state; another rate."""
         self.state.stage = 2
-        progress.say(f"second stage, from the weights of epoch {self.state.best_epoch}")
-        self.model.load_state_dict(self.kept())
+        progress.say(f"second stage, from the weights of epoch {self.state.best_epoch or self.state.epoch}")
+        self.model.load_state_dict(self.kept() if self.state.best_epoch else self.ema.module.state_dict())
         self.ema.n_averaged.zero_()
         self.ema.module.load_state_dict(self.model.state_dict())
         self.optimizer.state.clear()
