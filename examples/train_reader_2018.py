@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from reader_batches import occurrences, split
 from reader_data import DataError, Record, sample
 from torch import Tensor
-from train_reader import occurrences, read, shown, split
+from train_reader import read, shown
 
 from kit.config import option, parse
 from kit.progress import Progress

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reader_batches import crop, draw, encode, make_batch, occurrences, split
 from reader_data import DataError, Passage, Record, cut, load, sample
-from train_reader import crop, draw, encode, make_batch, occurrences, split
 
 from pykernels.models import DGCNNReader, DGCNNReaderConfig
 from pykernels.models import reader as reader_module

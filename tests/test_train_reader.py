@@ -144,6 +144,17 @@ def test_loss_that_is_not_finite_stops_with_its_step(
     assert progress["step"] == 6 and all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
 
 
+def test_nothing_held_out(data: Path, tmp_path: Path) -> None:
+    """The second stage starts on time from the averaged weights, and those of the end are the reader."""
+    schedule = ["--holdout", "0", "--epochs", "3", "--switch-epoch", "2"]
+    assert train_reader.main(arguments(data, tmp_path, *schedule)) == 0
+    tensors, progress = contents(tmp_path / "last.safetensors")
+    assert (progress["stage"], progress["epoch"], progress["best"]) == (2, 3, -1)
+    weight = Reader.load(tmp_path).model.join.weight
+    assert torch.equal(weight, tensors["module.ema.module.join.weight"])
+    assert json.loads((tmp_path / "scores.json").read_text()) == {}
+
+
 def test_backends_have_the_same_curve(data: Path, tmp_path: Path) -> None:
     curves = []
     for backend in ("auto", "reference"):

@@ -37,7 +37,9 @@ class Log:
 
     def cut(self, count: int) -> None:
         """Keeps the first `count` rows; a resumed run makes the others again."""
-        rows = read(self.path)[:count] if count else []
+        if not self.path.exists():
+            return
+        rows = read(self.path)[:count]
         self.rows = len(rows)
 
         def write(path: Path) -> None:
