@@ -15,7 +15,6 @@ import sys
 import termios
 import time
 from pathlib import Path
-from typing import Any
 
 import plot
 import pytest
@@ -27,6 +26,7 @@ from kit import log
 from kit.config import differences, option, parse
 from kit.progress import Progress
 from pykernels.models.reader import Reader
+from tests.runs import assert_same_run, contents
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train_reader.py"
@@ -53,27 +53,6 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
     # 48 questions to train on, 8 a step: 6 steps an epoch.
     small = "--char-size 8 --batch-size 8 --word-vectors none --min-count 1 --threads 1 --quiet"
     return ["--data", str(data), "--out", str(out), *small.split(), *more]
-
-
-def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and progress of a checkpoint, without how long the epoch has taken."""
-    with safe_open(path, "pt") as file:
-        progress = json.loads(file.metadata()["progress"])
-        progress.pop("epoch_seconds")
-        return {name: file.get_tensor(name) for name in file.keys()}, progress
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bitwise the same checkpoint, and the same log but for the times."""
-    (a, a_progress), (b, b_progress) = contents(one / "last.safetensors"), contents(other / "last.safetensors")
-    assert a_progress == b_progress and a.keys() == b.keys()
-    assert any(name.startswith("optimizer.") for name in a) and "module.ema.n_averaged" in a and "torch_rng" in a
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-    rows = []
-    for run in (one, other):
-        rows.append([{k: v for k, v in row.items() if "seconds" not in k} for row in log.read(run / "log.csv")])
-    assert rows[0] == rows[1]
 
 
 def test_resumed_run_is_bitwise_the_uninterrupted_one(data: Path, tmp_path: Path) -> None:
