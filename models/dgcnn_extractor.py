@@ -132,7 +132,11 @@ class Spans(NamedTuple):
 
 
 class ConvHead(nn.Module):
-    """relu(conv3(x)), zeros beyond both ends. [B, L, N] -> [B, L, D]."""
+    """relu(conv3(x)), zeros beyond both ends. [B, L, N] -> [B, L, D]. Parameters `conv.weight` [D, N, 3], `conv.bias`.
+
+    One product for all taps, whose results are then shifted: as fast as nn.Conv1d with its two transposes, and oneDNN
+    keeps no convolution for every length that it has met, which took hundreds of MiB in a training.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -142,9 +146,10 @@ class ConvHead(nn.Module):
         x = torch.cat(parts, dim=-1)
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        if not x.shape[1]:
-            return x.new_zeros(x.shape[0], 0, self.conv.out_channels)  # nn.Conv1d refuses no rows
-        return self.conv(x.transpose(1, 2)).relu().transpose(1, 2)
+        taps = F.linear(x, self.conv.weight.permute(2, 0, 1).flatten(0, 1))
+        before, here, after = F.pad(taps, (0, 0, 1, 1)).chunk(3, dim=-1)  # [B, L + 2, D] each
+        L = x.shape[1]
+        return (before[:, :L] + here[:, 1 : L + 1] + after[:, 2:] + self.conv.bias).relu()
 
 
 def _mlp(width: int, outputs: int) -> nn.Sequential:

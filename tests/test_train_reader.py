@@ -25,6 +25,7 @@ from safetensors import safe_open
 from kit import log
 from kit.config import differences, option, parse
 from kit.progress import Progress
+from kit.training import Trainer
 from pykernels.models.reader import Reader
 from tests.runs import assert_same_run, contents
 
@@ -95,14 +96,14 @@ def test_killed_run_goes_on_from_its_last_checkpoint(data: Path, tmp_path: Path)
 
 
 def test_signal_ends_a_run_after_a_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = train_reader.Trainer.step
+    real = Trainer.step
 
-    def step(self: train_reader.Trainer, batch: train_reader.Batch) -> float:
+    def step(self: Trainer, chosen: list[int]) -> float:
         if self.state.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, batch)
+        return real(self, chosen)
 
-    monkeypatch.setattr(train_reader.Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     assert train_reader.main(arguments(data, tmp_path)) == 130
     assert contents(tmp_path / "last.safetensors")[1]["step"] == 5
 
@@ -128,7 +129,7 @@ def test_nothing_held_out(data: Path, tmp_path: Path) -> None:
     schedule = ["--holdout", "0", "--epochs", "3", "--switch-epoch", "2"]
     assert train_reader.main(arguments(data, tmp_path, *schedule)) == 0
     tensors, progress = contents(tmp_path / "last.safetensors")
-    assert (progress["stage"], progress["epoch"], progress["best"]) == (2, 3, -1)
+    assert (progress["stage"], progress["epoch"], progress["best"]) == (2, 3, 0)
     weight = Reader.load(tmp_path).model.join.weight
     assert torch.equal(weight, tensors["module.ema.module.join.weight"])
     assert json.loads((tmp_path / "scores.json").read_text()) == {}
@@ -320,16 +321,16 @@ def test_presets_stand_between_defaults_and_what_is_given(tmp_path: Path) -> Non
 def test_averaged_weights(data: Path, tmp_path: Path) -> None:
     """The average starts as the first step's weights, and follows with decay min(0.5, (1 + n) / (10 + n))."""
     seen, kept = [], {}
-    real = train_reader.Trainer.step
+    real = Trainer.step
 
-    def step(self: train_reader.Trainer, batch: train_reader.Batch) -> float:
-        value = real(self, batch)
+    def step(self: Trainer, chosen: list[int]) -> float:
+        value = real(self, chosen)
         seen.append(self.model.join.weight.detach().double().clone())
         kept["ema"] = self.ema.module.join.weight.detach().clone()
         return value
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_reader.Trainer, "step", step)
+        patch.setattr(Trainer, "step", step)
         assert train_reader.main(arguments(data, tmp_path, "--max-steps", "14", "--ema-decay", "0.5")) == 0
     average = seen[0]
     for n, weight in enumerate(seen[1:], 1):

@@ -174,14 +174,15 @@ class Trainer(ABC):
                     self.save()
                     return not stop.requested
                 chosen = order[state.batch * config.batch_size : (state.batch + 1) * config.batch_size]
-                loss = self._step(chosen)
+                loss = self.step(chosen)
                 progress.step(f"epoch {state.epoch + 1}/{config.epochs}, loss {loss:.4g}")
                 if state.step % config.save_every == 0:
                     self.save()
             self._end_epoch(progress)
         return True
 
-    def _step(self, chosen: list[int]) -> float:
+    def step(self, chosen: list[int]) -> float:
+        """One step with these samples; its loss."""
         config, state = self.config, self.state
         begun = time.perf_counter()
         lr = config.lr if state.stage == 1 else config.second_lr
