@@ -1,0 +1,197 @@
+"""The reader of 2019: a training step, and inference of its passage trunk. ``python -m bench dgcnn_reader``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pykernels import GatedConv1d
+from pykernels.models import DGCNNReader, DGCNNReaderConfig
+from pykernels.models.attention_pool import AttentionPool
+from pykernels.models.dgcnn_reader import reader_loss
+from pykernels.models.radam import RAdam
+
+from . import gate
+from .harness import OURS, Bar, Call
+from .jobs import GateFailure, Job, Options, Result, Session
+from .machine import DTYPES
+
+NAME = "DGCNN reader"
+REFERENCE = "ours, reference backend"
+B, L, QUESTION, D = 128, 256, 30, 128
+CONFIG = DGCNNReaderConfig(vocabulary_size=5000)
+TRUNK_BATCHES = (128, 10, 1)
+STEP_LIMIT = 0.2
+# Of a block, and of one pass of the whole network without its embeddings and heads.
+BLOCK_FLOPS = 2 * 3 * D * 2 * D
+FORWARD_FLOPS = B * (L * (6 * BLOCK_FLOPS + 2 * (2 * D) ** 2) + QUESTION * (3 * BLOCK_FLOPS + 2 * D * D))
+
+
+class EagerBlock(nn.Module):
+    """A block as it is written in plain PyTorch, with the weights of a GatedConv1d."""
+
+    def __init__(self, block: GatedConv1d) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(D, 2 * D, 3, padding="same", dilation=block.dilation)
+        self.conv.load_state_dict(block.state_dict())
+        self.gate_dropout = block.gate_dropout
+
+    def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
+        live = mask.unsqueeze(-1)
+        h = self.conv((x * live).transpose(1, 2)).transpose(1, 2)
+        c, z = h.chunk(2, -1)
+        g = torch.sigmoid(F.dropout(z, self.gate_dropout, self.training))
+        return (x * (1 - g) + c * g) * live
+
+
+def eager_copy(model: DGCNNReader) -> DGCNNReader:
+    """The same network and weights with EagerBlocks; all else is plain PyTorch in both."""
+    other = copy.deepcopy(model)
+    for blocks in (other.question_blocks, other.passage_blocks):
+        for i, block in enumerate(blocks):
+            blocks[i] = EagerBlock(block)
+    return other
+
+
+def batch(rows: int, length: int, question: int) -> tuple[Tensor, ...]:
+    """Question, passage, their word vectors and targets, without padding."""
+    generator = torch.Generator().manual_seed(30)
+    ids = [torch.randint(1, CONFIG.vocabulary_size, (rows, n), generator=generator) for n in (question, length)]
+    vectors = [torch.randn(rows, n, CONFIG.word_size, generator=generator) for n in (question, length)]
+    target = (torch.rand(rows, length, generator=generator) < 0.01).float()
+    return (*ids, *vectors, target)
+
+
+def loss_of(model: nn.Module, inputs: tuple[Tensor, ...], dtype: str) -> Tensor:
+    question, passage, question_words, passage_words, target = inputs
+    with torch.autocast("cpu", torch.bfloat16) if dtype == "bf16" else nullcontext():
+        start, end = model(question, passage, question_words, passage_words)
+    return reader_loss(start, end, target, target, passage)
+
+
+class Step:
+    """Forward, loss, backward, optimizer and average, all in the weights' float32 but what autocast takes."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+        self.model, self.loss = model.train(), loss
+        self.optimizer = RAdam(model.parameters(), lr=1e-4)
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss(self.model).backward()
+        self.optimizer.step()
+        self.ema.update_parameters(self.model)
+
+
+def check_network(dtype: str) -> None:
+    """Loss and gradients without dropout against fp64, on a batch small enough for it."""
+    torch.manual_seed(31)
+    model = DGCNNReader(CONFIG).eval()
+    inputs = batch(4, 64, 10)
+
+    def results(network: nn.Module, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        wanted = {"passage": network.passage_blocks[3], "question": network.question_blocks[1]}
+        weights = {n: b.conv.weight if isinstance(b, EagerBlock) else b.weight for n, b in wanted.items()}
+        loss = loss_of(network, given, dtype if given is inputs else "")
+        grads = torch.autograd.grad(loss, list(weights.values()))
+        return {"y": loss.detach()} | {f"d{name}": g for name, g in zip(weights, grads, strict=True)}
+
+    eager = eager_copy(model)
+    doubles = tuple(t.double() if t.is_floating_point() else t for t in inputs)
+    exact = results(copy.deepcopy(eager).double(), doubles)
+    # The loss is a sum over positions; its gradients pass six blocks of 3 * D * 2 * D products.
+    terms = dict.fromkeys(exact, 6 * 3 * D * 2 * D)
+    if failure := gate.compare(results(model, inputs), results(eager, inputs), exact, terms):
+        raise GateFailure(failure)
+
+
+def run_step(session: Session, result: Result) -> None:
+    dtype = result.dtype
+    session.tick("checking")
+    check_network(dtype)
+    torch.manual_seed(32)
+    model, inputs = DGCNNReader(CONFIG), batch(B, L, QUESTION)
+    eager = eager_copy(model)
+    reference = DGCNNReader(CONFIG, backend="reference")
+    reference.load_state_dict(model.state_dict())
+
+    def loss(network: nn.Module) -> Tensor:
+        return loss_of(network, inputs, dtype)
+
+    compiled = session.compiled(result, "training step", loss, lambda f: Step(eager_copy(model), f))
+    variants: dict[str, Call | None] = {
+        OURS: Step(model, loss),
+        "eager": Step(eager, loss),
+        REFERENCE: Step(reference, loss),
+        "torch.compile": compiled,
+    }
+    bars = [Bar(OURS, "eager", STEP_LIMIT)] if dtype == "bf16" and session.options.tier is None else []
+    session.group(result, "training step", variants, bars, 3 * FORWARD_FLOPS)
+    for name, network in ((OURS, model), ("eager", eager)):
+        given = [*network.parameters(), *inputs]
+        result.saved_bytes[name] = gate.saved_bytes(partial(loss, network), given)
+
+
+class Trunk(nn.Module):
+    """The six passage blocks and attention pooling: x [B, L, D] -> [B, D]."""
+
+    def __init__(self, blocks: nn.ModuleList, pool: AttentionPool) -> None:
+        super().__init__()
+        self.blocks, self.pool = blocks, pool
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        return self.pool(x, mask=mask)
+
+
+def run_trunk(rows: int, session: Session, result: Result) -> None:
+    torch.manual_seed(33)
+    model = DGCNNReader(CONFIG)
+    eager = Trunk(eager_copy(model).passage_blocks, AttentionPool(D, D))
+    ours = Trunk(model.passage_blocks, eager.pool)
+    x = torch.randn(rows, L, D, generator=torch.Generator().manual_seed(34))
+    mask = torch.ones(rows, L, dtype=torch.bool)
+    dtype = DTYPES[result.dtype]
+    with torch.no_grad():
+        exact = {"y": copy.deepcopy(eager).double()(x.double(), mask)}
+        ours, eager, x = ours.to(dtype).eval(), eager.to(dtype).eval(), x.to(dtype)
+        same, got = {"y": eager(x, mask)}, {"y": ours(x, mask)}
+        if failure := gate.compare(got, same, exact, {"y": 6 * 3 * D}):
+            raise GateFailure(failure)
+        compiled = session.compiled(result, "forward", eager, lambda f: partial(f, x, mask))
+        variants: dict[str, Call | None] = {OURS: partial(ours, x, mask), "eager": partial(eager, x, mask)}
+        variants["torch.compile"] = compiled
+        flops = rows * L * (6 * BLOCK_FLOPS + 2 * D * D)
+        session.group(result, "forward", variants, flops=flops)
+
+
+def jobs(options: Options) -> list[Job]:
+    found = []
+    for dtype in (name for name in options.dtypes if name != "fp16"):
+        seconds = options.effort.seconds
+        found.append(Job(NAME, f"training step B{B} L{L}", dtype, 4 * seconds, 60 * FORWARD_FLOPS, run_step))
+        for rows in TRUNK_BATCHES[1:] if options.quick else TRUNK_BATCHES:
+            flops = 40 * rows * L * 6 * BLOCK_FLOPS
+            found.append(Job(NAME, f"passage trunk B{rows} L{L}", dtype, seconds, flops, partial(run_trunk, rows)))
+    return found
+
+
+@pytest.mark.parametrize("variant", [OURS, "eager"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_dgcnn_reader_step(benchmark, dtype: str, variant: str) -> None:
+    check_network(dtype)
+    torch.manual_seed(32)
+    model, inputs = DGCNNReader(CONFIG), batch(B, L, QUESTION)
+    step = Step(model if variant == OURS else eager_copy(model), lambda network: loss_of(network, inputs, dtype))
+    benchmark.group = f"DGCNN reader {dtype} training step"
+    benchmark.pedantic(step, rounds=3, warmup_rounds=1)

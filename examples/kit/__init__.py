@@ -1,0 +1,1 @@
+"""What every example shares: configuration, run folder, checkpoints, progress, log and plots."""
