@@ -34,7 +34,7 @@ void zero_dead(const AttentionPoolCall& call) {
       const int64_t first = sequence.index * args.heads * args.width, count = args.heads * args.width;
       zero(args.out, first, count, size);
       zero(args.pooled, first, count, sum_size);
-      zero(args.log_sum, sequence.index * args.heads, args.heads, sum_size);
+      zero(args.max_sum, 2 * sequence.index * args.heads, 2 * args.heads, sum_size);
     }
     if (!args.scores) continue;
     call.for_dead_rows(sequence, [&](int64_t first, int64_t count) {
@@ -93,16 +93,16 @@ Results attention_pool_fwd(const at::Tensor& x, const at::Tensor& weight, const 
   at::Tensor out = at::empty(call.out_shape, x.options().memory_format(at::MemoryFormat::Contiguous));
   at::Tensor scores = at::empty(wanted(save || call.returned != Returned::none, call.score_shape), sums);
   at::Tensor weights = at::empty(wanted(call.returned == Returned::softmax, call.score_shape), sums);
-  at::Tensor log_sum = at::empty({call.batch(), args.heads}, sums);
+  at::Tensor max_sum = at::empty({call.batch(), args.heads, 2}, sums);
   at::Tensor pooled = at::empty(wanted(save && x.scalar_type() != call.sum_type, call.out_shape), sums);
   const auto pointer = [](const at::Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; };
   args.out = pointer(out);
   args.scores = pointer(scores);
   args.weights = pointer(weights);
-  args.log_sum = pointer(log_sum);
+  args.max_sum = pointer(max_sum);
   args.pooled = pointer(pooled);
   if (args.heads > 0) attention_pool_forward(call);
-  return {out, scores, weights, log_sum, pooled};
+  return {out, scores, weights, max_sum, pooled};
 }
 
 }  // namespace

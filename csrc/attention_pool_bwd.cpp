@@ -120,7 +120,7 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at:
 Gradients attention_pool_bwd(const OptionalTensor& dout, const OptionalTensor& dscores, const at::Tensor& x, const at::Tensor& weight,
                              const at::Tensor& query, const OptionalTensor& bias, const OptionalTensor& gate_weight,
                              const OptionalTensor& gate_bias, const OptionalTensor& mask, const OptionalTensor& lengths,
-                             const OptionalTensor& cu_seqlens, const at::Tensor& scores, const at::Tensor& log_sum,
+                             const OptionalTensor& cu_seqlens, const at::Tensor& scores, const at::Tensor& max_sum,
                              const at::Tensor& pooled, std::string_view activation, std::string_view return_scores,
                              std::array<bool, 6> needs) {
   AttentionPoolCall call({x, weight, query, bias, gate_weight, gate_bias, mask, lengths, cu_seqlens, activation, return_scores});
@@ -136,7 +136,7 @@ Gradients attention_pool_bwd(const OptionalTensor& dout, const OptionalTensor& d
     TORCH_CHECK_TYPE(dscores->scalar_type() == call.sum_type, "dscores: expected ", call.sum_type, ", got ", dscores->scalar_type());
   }
   check_saved("scores", scores, call.score_shape, call.sum_type);
-  check_saved("log_sum", log_sum, {call.batch(), args.heads}, call.sum_type);
+  check_saved("max_sum", max_sum, {call.batch(), args.heads, 2}, call.sum_type);
   check_saved("pooled", pooled, call.out_shape, call.sum_type);
 
   const auto gradient = [&](bool needed, const OptionalTensor& like) {
@@ -153,13 +153,13 @@ Gradients attention_pool_bwd(const OptionalTensor& dout, const OptionalTensor& d
                       .dbias = pointer(std::get<3>(gradients)),
                       .dgate_bias = pointer(std::get<5>(gradients))};
   const auto rows = [](const OptionalTensor& t) { return t ? t->contiguous() : at::Tensor(); };
-  const at::Tensor dout_rows = rows(dout), dscore_rows = rows(dscores), score_rows = scores.contiguous(), log_sums = log_sum.contiguous(),
-                   pooled_rows = pooled.contiguous(), delta = at::empty({call.batch(), args.heads}, log_sum.options());
+  const at::Tensor dout_rows = rows(dout), dscore_rows = rows(dscores), score_rows = scores.contiguous(), max_sums = max_sum.contiguous(),
+                   pooled_rows = pooled.contiguous(), delta = at::empty({call.batch(), args.heads}, max_sum.options());
   const auto saved = [](const at::Tensor& t) { return t.defined() ? const_cast<void*>(t.const_data_ptr()) : nullptr; };
   args.dout = saved(dout_rows);
   args.dscores = saved(dscore_rows);
   args.scores = saved(score_rows);
-  args.log_sum = saved(log_sums);
+  args.max_sum = saved(max_sums);
   args.pooled = saved(pooled_rows);
   args.delta = delta.mutable_data_ptr();
   args.dx = pointer(std::get<0>(gradients));

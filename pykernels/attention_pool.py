@@ -9,9 +9,9 @@ B batch, L length, D width, H hidden, J pooling heads, T packed rows.
 Additive attention (Bahdanau et al. 2015) with a learned query: structured self-attentive sentence embedding (Lin et al.
 2017), and with the gate the attention pooling of multiple-instance learning (Ilse, Tomczak and Welling 2018).
 
-Backward keeps the scores s and the logarithm of the sums of e^s, and computes u again. With da[j, l] = dout[j] . x[l]:
-ds = a * (da - sum of a * da), du[l] = sum over j of ds[j, l] query[j], and from there through the small network; dx[l]
-gets the sum over j of a[j, l] dout[j] besides.
+Backward keeps the scores s with their largest and the sum of e^(s - largest), and computes u again. With
+da[j, l] = dout[j] . x[l]: ds = a * (da - sum of a * da), du[l] = sum over j of ds[j, l] query[j], and from there
+through the small network; dx[l] gets the sum over j of a[j, l] dout[j] besides.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ if _C is not None:
             x.new_empty(out),
             x.new_empty(scores if save or returned != "none" else (0,), dtype=exact),
             x.new_empty(scores if returned == "softmax" else (0,), dtype=exact),
-            x.new_empty((out[0], heads), dtype=exact),
+            x.new_empty((out[0], heads, 2), dtype=exact),
             x.new_empty(out if save and x.dtype != exact else (0,), dtype=exact),
         )
 
@@ -140,18 +140,18 @@ class AttentionPoolFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        out, scores, weights, log_sum, pooled = output
+        out, scores, weights, max_sum, pooled = output
         returned = inputs[-1]
         unreturned = [t for t, name in ((scores, "raw"), (weights, "softmax")) if name != returned]
-        ctx.mark_non_differentiable(*unreturned, log_sum, pooled)
+        ctx.mark_non_differentiable(*unreturned, max_sum, pooled)
         ctx.set_materialize_grads(False)  # else backward would be given zeros for what nobody used
         rounded = out.dtype != scores.dtype
-        ctx.save_for_backward(*inputs[:TENSORS], scores, log_sum, pooled if rounded else out)
+        ctx.save_for_backward(*inputs[:TENSORS], scores, max_sum, pooled if rounded else out)
         ctx.form = inputs[TENSORS:]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *more: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, scores, log_sum, pooled = ctx.saved_tensors
+        *tensors, scores, max_sum, pooled = ctx.saved_tensors
         needs = ctx.needs_input_grad[:DIFFERENTIABLE]
         dscores = {"none": None, "raw": more[0], "softmax": more[1]}[ctx.form[1]]
         if dout is None and dscores is None:
@@ -159,7 +159,7 @@ class AttentionPoolFunction(torch.autograd.Function):
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_gradients(dout, dscores, tensors, ctx.form, needs)
         else:
-            grads = _bwd(dout, dscores, *tensors, scores, log_sum, pooled, *ctx.form, needs)
+            grads = _bwd(dout, dscores, *tensors, scores, max_sum, pooled, *ctx.form, needs)
         rest = [None] * (TENSORS - DIFFERENTIABLE + len(ctx.form))
         return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *rest
 
@@ -334,7 +334,7 @@ class AttentionPool(nn.Module):
         cu_seqlens: Tensor | None = None,
         return_scores: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x [B, L, dim] or [T, dim] -> [B, dim] or [B, heads, dim]; with scores, and other arguments, as the function."""
+        """x [B, L, dim] or [T, dim] -> out [B, dim] or [B, heads, dim], or (out, scores), as `attention_pool`."""
         return attention_pool(
             x,
             self.weight,

@@ -52,7 +52,7 @@ PYKERNELS_INLINE Activated<V> activate(V x) {
     const V u = tanh_to<T>(x);
     return {u, C(1) - u * u};
   } else if constexpr (kAct == PoolAct::swish) {
-    const V s = sigmoid_to<T>(x), u = x * s;
+    const V s = sigmoid_to<T>(x), u = x < C(-87) ? V{} : x * s;  // s stops at e^-87, x goes on
     return {u, s + u * (C(1) - s)};
   } else if constexpr (kAct == PoolAct::relu) {
     return {x < C(0) ? V{} : x, x > C(0) ? V{} + C(1) : V{}};  // NaN stays NaN

@@ -39,12 +39,17 @@ struct ScoreTile {
   int64_t query_stride, heads;
   C* sums;  // at the tile's first row, one vector a row
   int64_t head_stride;
+  int64_t n;  // units that exist, from the block's first on
 
   PYKERNELS_INLINE void row(int64_t r) const {
     constexpr int W = kLanes<C>;
     const Vec<C> h0 = load(acc + r * W) + bias[0], h1 = load(acc + half_stride + r * W) + bias[1];
-    const Vec<C> u0 = kGated ? activate<T, kAct>(h0).value * sigmoid_to<T>(h1) : activate<T, kAct>(h0).value;
-    const Vec<C> u1 = kGated ? Vec<C>{} : activate<T, kAct>(h1).value;
+    Vec<C> u0 = kGated ? activate<T, kAct>(h0).value * sigmoid_to<T>(h1) : activate<T, kAct>(h0).value;
+    Vec<C> u1 = kGated ? Vec<C>{} : activate<T, kAct>(h1).value;
+    if (n < (kGated ? W : 2 * W)) {  // an infinite x times the zero weights of the other units is NaN
+      u0 = first_lanes(u0, n);
+      u1 = first_lanes(u1, n - W);
+    }
     for (int64_t j = 0; j < heads; j++) {
       C* to = sums + j * head_stride + r * W;
       Vec<C> sum = load(to) + u0 * load(query + j * query_stride);
@@ -64,8 +69,8 @@ void score(const AttentionPoolArgs& args, const void* packed, const Tap<P>& x, i
   memset(sums, 0, size_t(args.heads * head_stride) * sizeof(C));
   auto make = [&](int64_t block, int64_t row, const C* acc) {
     const int64_t unit = block * block_units<P>(args);
-    ScoreTile<T, C, kAct, kGated> tile{acc,        Product<P>::kRows * W, {},         parameters.query + unit, padded,
-                                       args.heads, sums + row * W,        head_stride};
+    ScoreTile<T, C, kAct, kGated> tile{acc,        Product<P>::kRows * W, {},          parameters.query + unit, padded,
+                                       args.heads, sums + row * W,        head_stride, args.hidden - unit};
     tile.bias[0] = load(parameters.bias + unit);
     tile.bias[1] = load(kGated ? parameters.gate_bias + unit : parameters.bias + unit + W);
     return tile;
@@ -115,7 +120,7 @@ PYKERNELS_INLINE void weighted_sum(C* to, int64_t to_stride, const C* weights, i
   }
 }
 
-// out = sum / total, log_sum = largest + log(total).
+// out = sum / total.
 template <class T, class C>
 void finish(const AttentionPoolArgs& args, int64_t sequence, int64_t head, const C* sum, C total, C largest) {
   constexpr int W = kLanes<C>;
@@ -126,7 +131,9 @@ void finish(const AttentionPoolArgs& args, int64_t sequence, int64_t head, const
     store_columns(static_cast<T*>(args.out) + row * args.width + column, out, n);
     if (args.pooled) store_columns(static_cast<C*>(args.pooled) + row * args.width + column, out, n);
   }
-  static_cast<C*>(args.log_sum)[row] = largest + (sizeof(C) == 8 ? C(__builtin_log(total)) : C(__builtin_logf(float(total))));
+  C* max_sum = static_cast<C*>(args.max_sum) + 2 * row;
+  max_sum[0] = largest;
+  max_sum[1] = total;
 }
 
 template <class C>
@@ -272,11 +279,10 @@ void normalize(const AttentionPoolArgs& args, int64_t index) {
   for (int64_t j = 0; j < args.heads; j++) {
     const C* s = score_rows<C>(args.scores, args, sequence, j);
     C* a = score_rows<C>(args.weights, args, sequence, j);
-    const C log_sum = static_cast<const C*>(args.log_sum)[sequence.index * args.heads + j];
     constexpr int W = kLanes<C>;
     for (int64_t r = 0; r < sequence.live; r += W) {
       const int64_t n = min<int64_t>(W, sequence.live - r);
-      store_columns(a + r, weight_exp(load_columns(s + r, n) - broadcast(log_sum)), n);
+      store_columns(a + r, weights_of<C>(load_columns(s + r, n), args, sequence, j), n);
     }
     for (int64_t r = 0; r < sequence.live && sequence.mask; r++) {
       if (!sequence.mask[r]) a[r] = 0;

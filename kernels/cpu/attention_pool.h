@@ -26,7 +26,7 @@ struct AttentionPoolArgs {
 
   void* out;      // [sequences, heads, width]
   void* pooled;   // the same before it is rounded, C; null where out is C
-  void* log_sum;  // log of the sum of e^s, C [sequences, heads]
+  void* max_sum;  // the largest s, and the sum of e^(s - largest), C [sequences, heads, 2]
   void* scores;   // s, C, or null: sequence, head and row are score_row * in_row, head * score_head and the row apart
   void* weights;  // a, likewise, or null
   int64_t score_row, score_head;
@@ -59,7 +59,7 @@ struct AttentionPoolKernels {
   void (*forward)(const AttentionPoolArgs&, const void* packed, const Blocks& chunks, void* scratch);
   // Puts `count` chunks of a sequence together, which begin at chunk `first`.
   void (*combine)(const AttentionPoolArgs&, int64_t sequence, int64_t first, int64_t count);
-  // a from s and log_sum, for one sequence.
+  // a from s and max_sum, for one sequence.
   void (*normalize)(const AttentionPoolArgs&, int64_t sequence);
 
   // Backward, in this order.

@@ -8,17 +8,13 @@
 //   dc_l  = du_l g act'(c)               dz_l = du_l A g (1 - g)            dh = [dc, dz]
 //   dbias = sum_l dc_l                   dgate_bias = sum_l dz_l            dW = sum_l dc_l x_l^T     dV = sum_l dz_l x_l^T
 //   dx_l  = sum_j a_jl dout_j + W^T dc_l + V^T dz_l
-// Saved by forward: s, the logarithm of the sums of e^s, and out. c and z are computed again; dh exists for some units of work at a time.
+// Saved by forward: s, its largest value and the sum of e^(s - largest), and out. c and z are computed again; dh exists for some units of
+// work at a time.
 #include "attention_pool.h"
 #include "attention_pool_rows.h"
 
 namespace pykernels::PYKERNELS_TIER {
 namespace {
-
-template <class C>
-PYKERNELS_INLINE C log_sum_of(const AttentionPoolArgs& args, const Sequence& sequence, int64_t head) {
-  return static_cast<const C*>(args.log_sum)[sequence.index * args.heads + head];
-}
 
 // dout . x, in C.
 template <class C, class A, class B>
@@ -46,11 +42,10 @@ void backward_delta(const AttentionPoolArgs& args, int64_t index) {
     if (args.dscores && args.softmax_returned) {
       const C *s = score_rows<const C>(args.scores, args, sequence, j),
               *ds = score_rows<const C>(const_cast<void*>(args.dscores), args, sequence, j);
-      const C log_sum = log_sum_of<C>(args, sequence, j);
       Vec<C> sum{};
       for (int64_t r = 0; r < sequence.live; r += W) {
         const int64_t n = min<int64_t>(W, sequence.live - r);
-        Vec<C> term = weight_exp(load_columns(s + r, n) - log_sum) * load_columns(ds + r, n);
+        Vec<C> term = weights_of<C>(load_columns(s + r, n), args, sequence, j) * load_columns(ds + r, n);
         for (int64_t i = 0; i < W; i++) {
           if (i >= n || (sequence.mask && !sequence.mask[r + i])) term[i] = 0;
         }
@@ -107,16 +102,16 @@ void score_gradients(const AttentionPoolArgs& args, const Blocks& chunks, const 
       const C* returned = args.dscores ? score_rows<const C>(const_cast<void*>(args.dscores), args, sequence, j) : nullptr;
       const int64_t row = sequence.index * args.heads + j;
       const T* dout = args.dout ? static_cast<const T*>(args.dout) + row * args.width : nullptr;
-      const C delta = static_cast<const C*>(args.delta)[row], log_sum = log_sum_of<C>(args, sequence, j);
+      const C delta = static_cast<const C*>(args.delta)[row];
       C *to_a = a + j * stride, *to_ds = ds + j * stride;
       for (int64_t r = begin; r < live.ends[i]; r++) {
-        to_a[r] = s[live.positions[r]] - log_sum;
+        to_a[r] = s[live.positions[r]];
         to_ds[r] = dout ? dot<C>(dout, live.rows[r], args.width) : C(0);
         if (returned && args.softmax_returned) to_ds[r] += returned[live.positions[r]];
       }
       for (int64_t r = begin; r < live.ends[i]; r += W) {
         const int64_t n = min<int64_t>(W, live.ends[i] - r);
-        const Vec<C> weight = weight_exp(load_columns(to_a + r, n));
+        const Vec<C> weight = weights_of<C>(load_columns(to_a + r, n), args, sequence, j);
         store_columns(to_ds + r, weight * (load_columns(to_ds + r, n) - delta), n);
         store_columns(to_a + r, weight, n);
       }

@@ -127,6 +127,16 @@ PYKERNELS_INLINE C* score_rows(void* scores, const AttentionPoolArgs& args, cons
   return static_cast<C*>(scores) + sequence.in_row * args.score_row + head * args.score_head;
 }
 
+// v with zeros from lane n on.
+template <class V>
+PYKERNELS_INLINE V first_lanes(V v, int64_t n) {
+  using C = decltype(v[0] + v[0]);
+  typename ShuffleIndex<V>::type lane;
+  for (int i = 0; i < kLanes<C>; i++) lane[i] = i;
+  const auto end = decltype(lane[0] + 0)(n < 0 ? 0 : n < kLanes<C> ? n : kLanes<C>);
+  return lane < end ? v : V{};
+}
+
 // e^x for the weights of a softmax: zero where e^x leaves the range of exp.
 PYKERNELS_INLINE vfloat weight_exp(vfloat x) { return x < -87.3f ? vfloat{} : exp(x); }
 PYKERNELS_INLINE Vec<double> weight_exp(Vec<double> x) { return exp(x); }
@@ -134,6 +144,13 @@ PYKERNELS_INLINE Vec<double> weight_exp(Vec<double> x) { return exp(x); }
 template <class C>
 PYKERNELS_INLINE C weight_exp(C x) {
   return weight_exp(broadcast(x))[0];
+}
+
+// a of rows with these scores. The logarithm of the sum would be one number instead of two, but its rounding is one of the exponent.
+template <class C>
+PYKERNELS_INLINE Vec<C> weights_of(Vec<C> scores, const AttentionPoolArgs& args, const Sequence& sequence, int64_t head) {
+  const C* max_sum = static_cast<const C*>(args.max_sum) + 2 * (sequence.index * args.heads + head);
+  return weight_exp(scores - max_sum[0]) / max_sum[1];
 }
 
 }  // namespace
