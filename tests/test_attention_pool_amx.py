@@ -29,7 +29,15 @@ def amx() -> Iterator[None]:
 
 
 # Heights below, at and above one and two tiles; widths around the 16 columns and the 32 inner elements of a tile.
-SIZES = [(1, 1, 1, 1), (2, 15, 16, 17), (1, 17, 31, 33), (2, 32, 32, 32), (1, 33, 64, 16), (1, 150, 48, 40), (9, 2, 17, 65)]
+SIZES = [
+    (1, 1, 1, 1),
+    (2, 15, 16, 17),
+    (1, 17, 31, 33),
+    (2, 32, 32, 32),
+    (1, 33, 64, 16),
+    (1, 150, 48, 40),
+    (9, 2, 17, 65),
+]
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])

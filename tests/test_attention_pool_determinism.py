@@ -1,5 +1,5 @@
-"""attention_pool: equal bits over runs and threads, backward twice, checkpointing, flat memory. `#n` names a line of the
-project's failure checklist."""
+"""attention_pool: equal bits over runs and threads, backward twice, checkpointing, flat memory. `#n` names a line of
+the project's failure checklist."""
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +87,7 @@ def test_backward_twice(kernels: str) -> None:
 
 @pytest.mark.parametrize("changed", ["weight", "scores"])
 def test_changed_tensors_are_noticed(changed: str, kernels: str) -> None:
-    """#15: an input or a saved score that was written between forward and backward raises instead of wrong gradients."""
+    """#15: an input or a saved score that is written between forward and backward raises: no wrong gradients."""
     p = problem(PoolCase(returned="raw"), torch.float32)
     leaves = {n: t.clone().requires_grad_() for n, t in p.inputs.items()}
     out, scores = attention_pool(**leaves, **p.options, backend=kernels)

@@ -104,7 +104,7 @@ def test_weights_are_read_at_every_call(kernels: str) -> None:
 
 
 class InstancePooling(nn.Module):
-    """Attention pooling of multiple-instance learning: linear layers V, U and w; softmax over the instances of a bag."""
+    """Attention pooling of multiple-instance learning: linear layers V, U and w, softmax over the instances."""
 
     def __init__(self, gated: bool, activation: type[nn.Module], outputs: int, bias: bool) -> None:
         super().__init__()
@@ -131,7 +131,13 @@ def test_instance_pooling_replaced(gated: bool, activation: type, outputs: int, 
     layer = InstancePooling(gated, activation, outputs, bias).double()
     name = {nn.Tanh: "tanh", nn.ReLU: "relu", nn.GELU: "gelu"}[activation]
     ours = AttentionPool(12, 7, outputs, bias=bias, gated=gated, activation=name, backend=backend).double()
-    names = {"weight": "V.weight", "bias": "V.bias", "gate_weight": "U.weight", "gate_bias": "U.bias", "query": "w.weight"}
+    names = {
+        "weight": "V.weight",
+        "bias": "V.bias",
+        "gate_weight": "U.weight",
+        "gate_bias": "U.bias",
+        "query": "w.weight",
+    }
     ours.load_state_dict({n: layer.state_dict()[names[n]] for n in ours.state_dict()})
     x, mask = torch.randn(3, 20, 12, dtype=torch.float64), torch.rand(3, 20) < 0.7
     results = []
