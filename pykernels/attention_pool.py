@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,12 @@ from . import _backend
 from ._checks import ACTIVATIONS, check_attention_pool, check_choice, check_int, check_tensor
 from ._extension import _C
 
-_ACTIVATIONS = {"tanh": torch.tanh, "swish": F.silu, "relu": F.relu, "gelu": F.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+}
 
 # --- reference: the definition ---
 
@@ -102,8 +108,9 @@ if _C is not None:
 
     @torch.library.register_fake("pykernels::_attention_pool_fwd")
     def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
-        tensors, (activation, returned, save) = args[:TENSORS], args[TENSORS:]
-        out, scores = check_attention_pool(*tensors, activation, returned)
+        tensors, form, save = args[:TENSORS], args[TENSORS:-1], args[-1]
+        out, scores = check_attention_pool(*tensors, *form)
+        returned = form[-1]
         x, query = tensors[0], tensors[2]
         exact = torch.promote_types(x.dtype, torch.float32)
         heads = query.shape[0] if query.dim() == 2 else 1
@@ -117,8 +124,8 @@ if _C is not None:
 
     @torch.library.register_fake("pykernels::_attention_pool_bwd")
     def _bwd_fake(dout: Tensor | None, dscores: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-        tensors, (activation, returned, needs) = args[:TENSORS], args[TENSORS + 3 :]
-        check_attention_pool(*tensors, activation, returned)
+        tensors, form, needs = args[:TENSORS], args[TENSORS + 3 : -1], args[-1]
+        check_attention_pool(*tensors, *form)
         return tuple(
             tensors[0].new_empty(t.shape if needed and t is not None else (0,))
             for t, needed in zip(tensors[:DIFFERENTIABLE], needs, strict=True)
@@ -247,7 +254,7 @@ def attention_pool(
         cast = [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors[:DIFFERENTIABLE]]
         tensors = (*cast, *tensors[DIFFERENTIABLE:])
         x = tensors[0]
-    form = (activation, return_scores or "none")
+    form: tuple[Any, ...] = (activation, return_scores or "none")
 
     # An exported model holds PyTorch's own operators only.
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
