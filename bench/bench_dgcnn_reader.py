@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pykernels import GatedConv1d
+from pykernels import AttentionPool, GatedConv1d
 from pykernels.models import DGCNNReader, DGCNNReaderConfig
-from pykernels.models.attention_pool import AttentionPool
 from pykernels.models.dgcnn_reader import reader_loss
 from pykernels.models.radam import RAdam
 
-from . import gate
+from . import gate, peers
 from .harness import OURS, Bar, Call
 from .jobs import GateFailure, Job, Options, Result, Session
 from .machine import DTYPES
@@ -30,6 +29,8 @@ B, L, QUESTION, D = 128, 256, 30, 128
 CONFIG = DGCNNReaderConfig(vocabulary_size=5000)
 TRUNK_BATCHES = (128, 10, 1)
 STEP_LIMIT = 0.2
+TRUNK_LIMITS = {128: 0.35, 10: 0.30, 1: 0.45}  # of OpenVINO's time in bf16
+OPENVINO, ONNX_RUNTIME, GEMMS = "OpenVINO", "ONNX Runtime", "six bare GEMMs"
 # Of a block, and of one pass of the whole network without its embeddings and heads.
 BLOCK_FLOPS = 2 * 3 * D * 2 * D
 FORWARD_FLOPS = B * (L * (6 * BLOCK_FLOPS + 2 * (2 * D) ** 2) + QUESTION * (3 * BLOCK_FLOPS + 2 * D * D))
@@ -44,20 +45,36 @@ class EagerBlock(nn.Module):
         self.conv.load_state_dict(block.state_dict())
         self.gate_dropout = block.gate_dropout
 
-    def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
-        live = mask.unsqueeze(-1)
-        h = self.conv((x * live).transpose(1, 2)).transpose(1, 2)
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        live = None if mask is None else mask.unsqueeze(-1)
+        h = self.conv((x if live is None else x * live).transpose(1, 2)).transpose(1, 2)
         c, z = h.chunk(2, -1)
         g = torch.sigmoid(F.dropout(z, self.gate_dropout, self.training))
-        return (x * (1 - g) + c * g) * live
+        y = x * (1 - g) + c * g
+        return y if live is None else y * live
+
+
+class EagerPool(nn.Module):
+    """Attention pooling as it is written in plain PyTorch, with the weights of an AttentionPool."""
+
+    def __init__(self, pool: AttentionPool) -> None:
+        super().__init__()
+        self.weight, self.query = pool.weight, pool.query
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        scores = torch.tanh(F.linear(x, self.weight)) @ self.query
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return torch.bmm(torch.softmax(scores, 1).unsqueeze(1), x).squeeze(1)
 
 
 def eager_copy(model: DGCNNReader) -> DGCNNReader:
-    """The same network and weights with EagerBlocks; all else is plain PyTorch in both."""
+    """The same network and weights with EagerBlocks and EagerPools; all else is plain PyTorch in both."""
     other = copy.deepcopy(model)
     for blocks in (other.question_blocks, other.passage_blocks):
         for i, block in enumerate(blocks):
             blocks[i] = EagerBlock(block)
+    other.question_pool, other.passage_pool = EagerPool(other.question_pool), EagerPool(other.passage_pool)
     return other
 
 
@@ -144,35 +161,62 @@ def run_step(session: Session, result: Result) -> None:
 class Trunk(nn.Module):
     """The six passage blocks and attention pooling: x [B, L, D] -> [B, D]."""
 
-    def __init__(self, blocks: nn.ModuleList, pool: AttentionPool) -> None:
+    def __init__(self, blocks: nn.ModuleList, pool: nn.Module) -> None:
         super().__init__()
         self.blocks, self.pool = blocks, pool
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x, mask=mask)
-        return self.pool(x, mask=mask)
+            x = block(x)
+        return self.pool(x)
+
+
+def trunk_peers(trunk: Trunk, x: Tensor, exact: Tensor, session: Session, result: Result) -> dict[str, Call]:
+    """The other runtimes that are installed, in the precision of this case; each must come near the exact result."""
+    bf16 = result.dtype == "bf16"
+    makers: dict[str, Callable[[bytes], peers.Network]] = {
+        OPENVINO: lambda model: peers.openvino(model, x, session.options.threads, "bf16" if bf16 else "f32")
+    }
+    if not bf16:  # it computes in the model's own type, and the export is float32
+        makers[ONNX_RUNTIME] = lambda model: peers.onnx_runtime(model, x, session.options.threads)
+    modules = {OPENVINO: "openvino", ONNX_RUNTIME: "onnxruntime"}
+    missing = [name for name in makers if not peers.installed(modules[name]) or not peers.installed("onnxscript")]
+    if missing:
+        result.notes.append(f"not measured, not installed (pip install '.[peers]'): {', '.join(missing)}")
+    found: dict[str, Call] = {}
+    for name in (name for name in makers if name not in missing):
+        session.tick(f"exporting for {name}")
+        found[name] = call = makers[name](peers.export(trunk, x))
+        error, largest = (call().double() - exact).abs().max().item(), exact.abs().max().item()
+        if error > (0.1 if bf16 else 1e-3) * largest:
+            raise GateFailure(f"{name}: error {error:.3g} of values up to {largest:.3g}")
+    return found
 
 
 def run_trunk(rows: int, session: Session, result: Result) -> None:
     torch.manual_seed(33)
     model = DGCNNReader(CONFIG)
-    eager = Trunk(eager_copy(model).passage_blocks, AttentionPool(D, D))
-    ours = Trunk(model.passage_blocks, eager.pool)
+    pool = AttentionPool(D, D)
+    eager, ours = Trunk(eager_copy(model).passage_blocks, EagerPool(pool)), Trunk(model.passage_blocks, pool)
     x = torch.randn(rows, L, D, generator=torch.Generator().manual_seed(34))
-    mask = torch.ones(rows, L, dtype=torch.bool)
+    factors = torch.randn(rows * L, 3 * D), torch.randn(3 * D, 2 * D)
     dtype = DTYPES[result.dtype]
     with torch.no_grad():
-        exact = {"y": copy.deepcopy(eager).double()(x.double(), mask)}
-        ours, eager, x = ours.to(dtype).eval(), eager.to(dtype).eval(), x.to(dtype)
-        same, got = {"y": eager(x, mask)}, {"y": ours(x, mask)}
-        if failure := gate.compare(got, same, exact, {"y": 6 * 3 * D}):
+        exact = {"y": copy.deepcopy(eager).double().eval()(x.double())}
+        others = trunk_peers(copy.deepcopy(eager).eval(), x, exact["y"], session, result)
+        ours, eager, x = ours.to(dtype).eval(), copy.deepcopy(eager).to(dtype).eval(), x.to(dtype)
+        if failure := gate.compare({"y": ours(x)}, {"y": eager(x)}, exact, {"y": 6 * 3 * D}):
             raise GateFailure(failure)
-        compiled = session.compiled(result, "forward", eager, lambda f: partial(f, x, mask))
-        variants: dict[str, Call | None] = {OURS: partial(ours, x, mask), "eager": partial(eager, x, mask)}
-        variants["torch.compile"] = compiled
-        flops = rows * L * (6 * BLOCK_FLOPS + 2 * D * D)
-        session.group(result, "forward", variants, flops=flops)
+        a, b = (t.to(dtype) for t in factors)
+        variants: dict[str, Call | None] = {
+            OURS: partial(ours, x),
+            "eager": partial(eager, x),
+            "torch.compile": session.compiled(result, "forward", eager, lambda f: partial(f, x)),
+            **others,
+            GEMMS: lambda: [a @ b for _ in range(6)],
+        }
+        bars = [Bar(OURS, OPENVINO, TRUNK_LIMITS[rows])] if result.dtype == "bf16" and not session.options.tier else []
+        session.group(result, "forward", variants, bars, rows * L * (6 * BLOCK_FLOPS + 2 * D * D))
 
 
 def jobs(options: Options) -> list[Job]:

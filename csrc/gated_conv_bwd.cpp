@@ -61,30 +61,20 @@ void backward_input(const GatedConvCall& call) {
 }
 
 void backward_weight(const GatedConvCall& call, void* value_dweight, void* gate_dweight) {
-  constexpr int64_t kPartials = 16, kPartialBytes = 32 << 20, kUnitsPerPartial = 4;
   const GatedConvArgs& args = call.args;
   const GatedConvKernels& k = *call.kernels;
   const int64_t rows = std::clamp<int64_t>(kWeightPanelBytes / (2 * args.dh_half * k.panel_size) / 32 * 32, 64, 256);
   const Work work(call.sequences, &Sequence::live_out, rows, rows);
-  const int64_t elements = k.partial_elements(args), partial_bytes = elements * k.sum_size;
-  const int64_t most = std::min({kPartials, kPartialBytes / partial_bytes, work.size() / kUnitsPerPartial});
-  int64_t partials = 1;
-  while (2 * partials <= most) partials *= 2;  // a power of two divides evenly among threads
-  const at::Tensor buffer = bytes(partials * partial_bytes);
+  const WeightGradient gradient{.columns = k.weight_column_blocks(args),
+                                .partial_bytes = k.partial_elements(args) * k.sum_size,
+                                .run = [&](const Blocks& blocks, void* partial, bool add, int64_t begin, int64_t end, void* scratch) {
+                                  k.backward_weight(args, blocks, partial, add, begin, end, scratch);
+                                }};
+  const int64_t partials = partial_sums(gradient, work.size());
+  const at::Tensor buffer = bytes(partials * gradient.partial_bytes);
   if (work.size() == 0) buffer.zero_();
-  char* partial = static_cast<char*>(buffer.mutable_data_ptr());
-
-  // Each split transposes dh for itself: no more of them than threads need.
-  const int64_t columns = k.weight_column_blocks(args), threads = at::get_num_threads();
-  const int64_t splits = std::min(columns, (threads + partials - 1) / partials);
-  parallel_items(partials * splits, k.backward_weight_scratch(args, work.max_rows()), [&](int64_t item, void* scratch) {
-    const int64_t p = item / splits, split = item % splits;
-    const int64_t first = work.size() * p / partials;
-    for (int64_t unit = first; unit < work.size() * (p + 1) / partials; unit++) {
-      k.backward_weight(args, work[unit], partial + p * partial_bytes, unit > first, columns * split / splits,
-                        columns * (split + 1) / splits, scratch);
-    }
-  });
+  void* partial = buffer.mutable_data_ptr();
+  run_weight_gradient(gradient, work, k.backward_weight_scratch(args, work.max_rows()), partials, false, partial);
   constexpr int64_t kRows = 16;
   const int64_t outputs = 2 * args.c_out;
   parallel_items((outputs + kRows - 1) / kRows, 0, [&](int64_t item, void*) {

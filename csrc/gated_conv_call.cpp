@@ -1,46 +1,16 @@
 #include "gated_conv_call.h"
 
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "arguments.h"
 #include "cpu_tier.h"
 
 namespace pykernels {
 namespace {
-
-template <class Enum>
-Enum choose(const char* name, std::string_view came, std::initializer_list<std::pair<std::string_view, Enum>> choices) {
-  std::string wanted;
-  for (const auto& [text, value] : choices) {
-    if (came == text) return value;
-    wanted += (wanted.empty() ? "" : ", ") + std::string("'") + std::string(text) + "'";
-  }
-  TORCH_CHECK_VALUE(false, name, ": expected one of ", wanted, ", got '", came, "'");
-}
-
-void check_like(const char* name, const OptionalTensor& t, const at::Tensor& x) {
-  if (!t) return;
-  TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), name, ": expected ", x.scalar_type(), " like x, got ", t->scalar_type());
-  TORCH_CHECK_VALUE(t->device() == x.device(), name, ": expected a tensor on ", x.device(), " like x, got ", t->device());
-}
-
-void check_shape(const char* name, const OptionalTensor& t, at::IntArrayRef shape) {
-  if (t) TORCH_CHECK_VALUE(t->sizes() == shape, name, ": expected shape ", shape, ", got ", t->sizes());
-}
-
-// int32 or int64 indices as a vector, whatever their stride.
-std::vector<int64_t> integers(const char* name, const at::Tensor& t, int64_t count) {
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kInt || t.scalar_type() == at::kLong, name, ": expected int32 or int64, got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.dim() == 1 && (count < 0 || t.size(0) == count), name, ": expected shape [",
-                    count < 0 ? "B + 1" : std::to_string(count), "], got ", t.sizes());
-  const at::Tensor longs = t.to(at::kLong).contiguous();
-  const int64_t* p = longs.const_data_ptr<int64_t>();
-  return {p, p + longs.numel()};
-}
 
 const GatedConvKernels* table_of(CpuTier tier, Dtype dtype, bool bf16_products) {
   switch (dtype == Dtype::float64 ? CpuTier::generic : tier) {
@@ -54,13 +24,6 @@ const GatedConvKernels* table_of(CpuTier tier, Dtype dtype, bool bf16_products) 
   }
 }
 
-// float32 tensors may be multiplied in bf16 where PyTorch's own setting says so; "high" means float32 here.
-bool float32_allows_bf16() {
-  const auto& context = at::globalContext();
-  return context.float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM ||
-         context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) == at::Float32Precision::BF16;
-}
-
 }  // namespace
 
 GatedConvCall::GatedConvCall(const GatedConvInputs& in) : x(in.x) {
@@ -70,7 +33,7 @@ GatedConvCall::GatedConvCall(const GatedConvInputs& in) : x(in.x) {
   args.value_act = choose<ValueAct>("value_act", in.value_act, {{"identity", ValueAct::identity}, {"tanh", ValueAct::tanh}});
   value_first_ = choose<bool>("split", in.split, {{"value_gate", true}, {"gate_value", false}});
   check_shapes(in);
-  choose_kernels();
+  kernels = table_of(cpu_tier(), dtype, dtype == Dtype::float32 && float32_allows_bf16());
   lay_out_sequences(in);
   set_random(in);
   args.sequences = sequences.data();
@@ -79,9 +42,7 @@ GatedConvCall::GatedConvCall(const GatedConvInputs& in) : x(in.x) {
 }
 
 void GatedConvCall::check_shapes(const GatedConvInputs& in) {
-  TORCH_CHECK_TYPE(
-      x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf || x.scalar_type() == at::kDouble,
-      "x: expected float32, bfloat16, float16 or float64, got ", x.scalar_type());
+  dtype = dtype_of(x);
   TORCH_CHECK_VALUE(in.cu_seqlens ? x.dim() == 2 : x.dim() == 3, "x: expected ",
                     in.cu_seqlens ? "[T, C_in] with cu_seqlens" : "[B, L, C_in]", ", got shape ", x.sizes());
   check_like("weight", in.weight, x);
@@ -106,7 +67,7 @@ void GatedConvCall::check_shapes(const GatedConvInputs& in) {
   TORCH_CHECK_VALUE(args.residual == Residual::none || args.c_in == args.c_out, "residual: expected 'none' where C_in != C_out, got '",
                     in.residual, "' with C_in = ", args.c_in, " and C_out = ", args.c_out);
   TORCH_CHECK_VALUE(in.dilation >= 1, "dilation: expected >= 1, got ", in.dilation);
-  TORCH_CHECK_VALUE(!in.mask + !in.lengths + !in.cu_seqlens >= 2, "mask, lengths, cu_seqlens: expected at most one of them, got several");
+  check_one_of(in.mask, in.lengths, in.cu_seqlens);
 
   const int64_t reach = args.dilation * (args.taps - 1);
   enum class Padding { same, causal, valid };
@@ -166,58 +127,18 @@ void GatedConvCall::check_shapes(const GatedConvInputs& in) {
   }
 }
 
-void GatedConvCall::choose_kernels() {
-  dtype = x.scalar_type() == at::kFloat      ? Dtype::float32
-          : x.scalar_type() == at::kBFloat16 ? Dtype::bfloat16
-          : x.scalar_type() == at::kHalf     ? Dtype::float16
-                                             : Dtype::float64;
-  kernels = table_of(cpu_tier(), dtype, dtype == Dtype::float32 && float32_allows_bf16());
-}
-
 void GatedConvCall::lay_out_sequences(const GatedConvInputs& in) {
-  const auto* data = static_cast<const char*>(x.const_data_ptr());
-  const auto size = static_cast<int64_t>(x.element_size());
   args.x_row = x.stride(-2);
   args.x_column = x.size(-1) == 1 ? 1 : x.stride(-1);
-  if (packed_rows()) {
-    const std::vector<int64_t> bounds = integers("cu_seqlens", *in.cu_seqlens, -1);
-    TORCH_CHECK_VALUE(!bounds.empty() && bounds.front() == 0 && bounds.back() == x.size(0) && std::is_sorted(bounds.begin(), bounds.end()),
-                      "cu_seqlens: expected non-decreasing row numbers from 0 to T = ", x.size(0), ", got ", at::IntArrayRef(bounds));
-    in_rows = out_rows = x.size(0);
-    for (size_t b = 0; b + 1 < bounds.size(); b++) {
-      const int64_t rows = bounds[b + 1] - bounds[b];
-      sequences.push_back(
-          {data + bounds[b] * args.x_row * size, nullptr, rows, rows, bounds[b], rows, bounds[b], rows, static_cast<int64_t>(b)});
-    }
-    return;
-  }
-  const int64_t batch = x.size(0), length = x.size(1), out_length = out_shape[1];
-  std::vector<int64_t> lengths;
-  if (in.lengths) {
-    lengths = integers("lengths", *in.lengths, batch);
-    for (int64_t n : lengths) TORCH_CHECK_VALUE(n >= 0 && n <= length, "lengths: expected values from 0 to L = ", length, ", got ", n);
-  }
-  const uint8_t* mask = nullptr;
-  if (in.mask) {
-    const at::Tensor& m = *in.mask;
-    TORCH_CHECK_TYPE(!m.is_floating_point() && !m.is_complex(),
-                     "mask: expected bool or 0/1 integers (True = keep; additive masks are not accepted), got ", m.scalar_type());
-    TORCH_CHECK_VALUE(m.dim() == 2 && m.size(0) == batch && m.size(1) == length, "mask: expected shape [", batch, ", ", length, "], got ",
-                      m.sizes());
-    if (m.scalar_type() != at::kBool) {
-      TORCH_CHECK_VALUE(m.eq(0).logical_or_(m.eq(1)).all().item<bool>(), "mask: expected only 0 and 1, got other integers");
-    }
-    keep_.push_back(m.to(at::kBool).contiguous());
-    mask = reinterpret_cast<const uint8_t*>(keep_.back().const_data_ptr<bool>());
-  }
-  in_rows = batch * length;
-  out_rows = batch * out_length;
-  for (int64_t b = 0; b < batch; b++) {
-    const uint8_t* row = mask ? mask + b * length : nullptr;
-    int64_t live = lengths.empty() ? length : lengths[b];
-    while (row && live > 0 && !row[live - 1]) live--;  // a mask that pads at the end costs no more than lengths
-    sequences.push_back({data + b * x.stride(0) * size, row, live, std::clamp<int64_t>(live - args.shift, 0, out_length), b * length,
-                         length, b * out_length, out_length, b});
+  sequences = sequences_of(x, in.mask, in.lengths, in.cu_seqlens, keep_);
+  in_rows = out_rows = packed_rows() ? x.size(0) : x.size(0) * x.size(1);
+  if (args.shift == 0) return;
+  const int64_t out_length = out_shape[1];
+  out_rows = x.size(0) * out_length;
+  for (Sequence& s : sequences) {
+    s.live_out = std::clamp<int64_t>(s.live - args.shift, 0, out_length);
+    s.out_row = s.index * out_length;
+    s.out_rows = out_length;
   }
 }
 

@@ -3,15 +3,13 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <string_view>
 #include <vector>
 
+#include "arguments.h"
 #include "gated_conv.h"
 
 namespace pykernels {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // The arguments that forward and backward have in common, in the order of their schemas.
 struct GatedConvInputs {
@@ -51,7 +49,6 @@ class GatedConvCall {
 
  private:
   void check_shapes(const GatedConvInputs& in);
-  void choose_kernels();
   void lay_out_sequences(const GatedConvInputs& in);
   void set_random(const GatedConvInputs& in);
 

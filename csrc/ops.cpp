@@ -25,4 +25,19 @@ TORCH_LIBRARY(pykernels, m) {
 
   // The weights in the layout of this process's kernels, for inference with constant weights.
   m.def("_gated_conv_pack(Tensor weight, Tensor? gate_weight, str split) -> Tensor");
+
+  // out, raw scores (empty unless saved or returned), softmax scores (empty unless returned), and for backward their largest and
+  // the sum of e^(s - largest), and out before it was rounded (empty where nothing is rounded).
+  m.def(
+      "_attention_pool_fwd(Tensor x, Tensor weight, Tensor query, Tensor? bias, Tensor? gate_weight, Tensor? gate_bias, Tensor? mask, "
+      "Tensor? lengths, Tensor? cu_seqlens, str activation, str return_scores, bool save) "
+      "-> (Tensor out, Tensor scores, Tensor weights, Tensor max_sum, Tensor pooled)");
+
+  // dx, dweight, dquery, dbias, dgate_weight, dgate_bias; those that are not needed are empty. dscores is the gradient of the scores that
+  // return_scores names.
+  m.def(
+      "_attention_pool_bwd(Tensor? dout, Tensor? dscores, Tensor x, Tensor weight, Tensor query, Tensor? bias, Tensor? gate_weight, "
+      "Tensor? gate_bias, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens, Tensor scores, Tensor max_sum, Tensor pooled, "
+      "str activation, str return_scores, bool[6] needs) "
+      "-> (Tensor dx, Tensor dweight, Tensor dquery, Tensor dbias, Tensor dgate_weight, Tensor dgate_bias)");
 }

@@ -8,15 +8,27 @@
 
 namespace pykernels {
 
-Work::Work(const std::vector<Sequence>& sequences, int64_t Sequence::* count, int64_t rows, int64_t group) {
+namespace {
+
+std::vector<Block> cut(const std::vector<Sequence>& sequences, int64_t Sequence::* count, int64_t rows) {
+  std::vector<Block> blocks;
   for (size_t s = 0; s < sequences.size(); s++) {
     const int64_t total = sequences[s].*count, pieces = (total + rows - 1) / rows;
     for (int64_t i = 0, first = 0; i < pieces; i++) {
       const int64_t n = (total - first + pieces - i - 1) / (pieces - i);  // even pieces: no short one at the end
-      blocks_.push_back({static_cast<int64_t>(s), first, n});
+      blocks.push_back({static_cast<int64_t>(s), first, n});
       first += n;
     }
   }
+  return blocks;
+}
+
+}  // namespace
+
+Work::Work(const std::vector<Sequence>& sequences, int64_t Sequence::* count, int64_t rows, int64_t group)
+    : Work(cut(sequences, count, rows), group) {}
+
+Work::Work(std::vector<Block> blocks, int64_t group) : blocks_(std::move(blocks)) {
   for (const Block& block : blocks_) {
     if (!units_.empty() && units_.back().rows + block.rows <= group) {
       units_.back().count++;
@@ -57,6 +69,28 @@ void run_product(const ProductWork& product, const Work& work, int64_t scratch_b
     prepacked = buffer.const_data_ptr();
   }
   parallel_items(work.size(), scratch_bytes, [&](int64_t item, void* scratch) { product.run(prepacked, work[item], 0, columns, scratch); });
+}
+
+int64_t partial_sums(const WeightGradient& gradient, int64_t units) {
+  constexpr int64_t kPartials = 16, kPartialBytes = 32 << 20, kUnitsPerPartial = 4;
+  const int64_t most = std::min({kPartials, kPartialBytes / gradient.partial_bytes, units / kUnitsPerPartial});
+  int64_t partials = 1;
+  while (2 * partials <= most) partials *= 2;  // a power of two divides evenly among threads
+  return partials;
+}
+
+void run_weight_gradient(const WeightGradient& gradient, const Work& work, int64_t scratch_bytes, int64_t partials, bool add, void* to) {
+  // Each split transposes dh for itself: no more of them than threads need.
+  const int64_t columns = gradient.columns, threads = at::get_num_threads();
+  const int64_t splits = std::min(columns, (threads + partials - 1) / partials);
+  parallel_items(partials * splits, scratch_bytes, [&](int64_t item, void* scratch) {
+    const int64_t p = item / splits, split = item % splits;
+    const int64_t first = work.size() * p / partials;
+    for (int64_t unit = first; unit < work.size() * (p + 1) / partials; unit++) {
+      gradient.run(work[unit], static_cast<char*>(to) + p * gradient.partial_bytes, add || unit > first, columns * split / splits,
+                   columns * (split + 1) / splits, scratch);
+    }
+  });
 }
 
 }  // namespace pykernels

@@ -1,10 +1,12 @@
 // How a product of activations and packed weights is shared out among threads.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <functional>
 #include <vector>
 
-#include "gated_conv.h"
+#include "blocks.h"
 
 namespace pykernels {
 
@@ -14,6 +16,7 @@ namespace pykernels {
 class Work {
  public:
   Work(const std::vector<Sequence>& sequences, int64_t Sequence::* count, int64_t rows, int64_t group);
+  Work(std::vector<Block> blocks, int64_t group);
 
   int64_t size() const { return static_cast<int64_t>(units_.size()); }
   const Blocks& operator[](int64_t i) const { return units_[i]; }
@@ -39,5 +42,18 @@ void pack_all(const ProductWork& product, void* packed);
 // take columns, pack these for themselves and run all rows, so that no weight crosses from one core's cache to another's. Every element is
 // summed in the same order either way.
 void run_product(const ProductWork& product, const Work& work, int64_t scratch_bytes, const void* prepacked);
+
+// The gradient of a weight: sums over units of work, in `partials` sums that each take a fixed share of the units.
+struct WeightGradient {
+  int64_t columns;        // column blocks
+  int64_t partial_bytes;  // of one partial sum
+  std::function<void(const Blocks&, void* partial, bool add, int64_t begin, int64_t end, void* scratch)> run;
+};
+
+// How many partial sums that many units get. Depends on sizes alone.
+int64_t partial_sums(const WeightGradient& gradient, int64_t units);
+
+// Writes, or with `add` adds, the sums over all units of work to partials [partials, partial_bytes].
+void run_weight_gradient(const WeightGradient& gradient, const Work& work, int64_t scratch_bytes, int64_t partials, bool add, void* to);
 
 }  // namespace pykernels

@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pykernels import GatedConv1d
+from pykernels import AttentionPool, GatedConv1d
 
-from .attention_pool import AttentionPool
 from .embedding import MixedEmbedding
 from .focal_loss import masked_focal_loss
 
@@ -66,8 +65,8 @@ def _of_joined(layer: nn.Linear, rows: Tensor, vector: Tensor) -> Tensor:
 class DGCNNReader(nn.Module):
     """Probabilities that an answer starts, and ends, at each character of a passage. See the module for the formula.
 
-    backend: of the gated convolutions, as in `pykernels.gated_conv1d`. 1,035,651 parameters besides the character
-    embedding at the article's sizes; initial values are those of Keras (Glorot uniform, biases 0).
+    backend: of the gated convolutions and poolings, as in `pykernels.gated_conv1d`. 1,035,651 parameters besides the
+    character embedding at the article's sizes; initial values are those of Keras (Glorot uniform, biases 0).
     """
 
     def __init__(self, config: DGCNNReaderConfig, *, backend: str | None = None) -> None:
@@ -92,10 +91,10 @@ class DGCNNReader(nn.Module):
         self.embedding = MixedEmbedding(config.vocabulary_size, D, config.word_size)
         self.dropout = nn.Dropout(config.dropout)
         self.question_blocks = blocks(config.question_dilations)
-        self.question_pool = AttentionPool(D, D)
+        self.question_pool = AttentionPool(D, D, backend=backend)
         self.join = nn.Linear(2 * D, D, bias=False)
         self.passage_blocks = blocks(config.passage_dilations)
-        self.passage_pool = AttentionPool(2 * D, 2 * D)
+        self.passage_pool = AttentionPool(2 * D, 2 * D, backend=backend)
         self.answerable = nn.Linear(2 * D, 1)
         self.pointers = nn.Linear(2 * D, 2)
         self.reset_parameters()
@@ -109,7 +108,8 @@ class DGCNNReader(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, AttentionPool):
-                module.reset_parameters()
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.xavier_uniform_(module.query.unsqueeze(0))  # the one row of a matrix
 
     def forward(
         self,

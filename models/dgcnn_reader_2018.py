@@ -23,9 +23,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from pykernels import GatedConv1d
+from pykernels import AttentionPool, GatedConv1d
 
-from .attention_pool import AttentionPool
 from .focal_loss import masked_focal_loss
 
 
@@ -79,7 +78,7 @@ class Tagger(nn.Sequential):
 class DGCNNReader2018(nn.Module):
     """Probabilities that an answer starts, and ends, at each word of a passage. See the module for the formula.
 
-    backend: of the gated convolutions, as in `pykernels.gated_conv1d`. Initial values are those of Keras.
+    backend: of the gated convolutions and poolings, as in `pykernels.gated_conv1d`. Initial values are those of Keras.
     """
 
     def __init__(self, config: DGCNNReader2018Config | None = None, *, backend: str | None = None) -> None:
@@ -102,11 +101,11 @@ class DGCNNReader2018(nn.Module):
         widths = [config.word_size, *[D] * len(config.question_dilations)]
         pairs = zip(widths, config.question_dilations, strict=False)
         self.question_blocks = nn.ModuleList(block(width, config.kernel_size, d) for width, d in pairs)
-        self.question_pool = AttentionPool(widths[-1], D)
+        self.question_pool = AttentionPool(widths[-1], D, backend=backend)
         joined = config.word_size + widths[-1] + config.position_size + config.features
         self.fusion = block(joined, 1, 1)
         self.passage_blocks = nn.ModuleList(block(D, config.kernel_size, d) for d in config.passage_dilations)
-        self.passage_pool = AttentionPool(D, D)
+        self.passage_pool = AttentionPool(D, D, backend=backend)
         self.answerable = nn.Linear(D, 1)
         self.start, self.end = Tagger(D, config.tagger_size), Tagger(D, config.tagger_size)
         self.reset_parameters()
@@ -118,7 +117,8 @@ class DGCNNReader2018(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, AttentionPool):
-                module.reset_parameters()
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.xavier_uniform_(module.query.unsqueeze(0))  # the one row of a matrix
 
     def forward(
         self,

@@ -5,8 +5,9 @@ PyTorch layer it replaces. `python -m pykernels.env` tells what this installatio
 """
 
 from ._backend import set_backend
+from .attention_pool import AttentionPool, attention_pool
 from .gated_conv import GatedConv1d, gated_conv1d
 from .gated_conv_step import gated_conv1d_step
 
 __version__ = "0.1.0"
-__all__ = ["GatedConv1d", "gated_conv1d", "gated_conv1d_step", "set_backend"]
+__all__ = ["AttentionPool", "GatedConv1d", "attention_pool", "gated_conv1d", "gated_conv1d_step", "set_backend"]

@@ -41,15 +41,17 @@ class Backend(NamedTuple):
         return ""
 
 
-# In the order in which "auto" tries them.
-OPERATORS: dict[str, dict[str, Backend]] = {
-    "gated_conv1d": {
+def _on_cpu() -> dict[str, Backend]:
+    """An operator with CPU kernels for all floating dtypes; in the order in which "auto" tries them."""
+    return {
         "cpu": Backend(("cpu",), FLOATS, _NO_EXTENSION),
         "cuda": Backend(("cuda",), (), _NOT_BUILT.format("CUDA")),
         "triton": Backend(("cuda",), (), _NOT_BUILT.format("Triton")),
         "reference": Backend((), FLOATS, ""),
-    },
-}
+    }
+
+
+OPERATORS: dict[str, dict[str, Backend]] = {name: _on_cpu() for name in ("attention_pool", "gated_conv1d")}
 
 
 def _known(name: str | None, source: str) -> str:

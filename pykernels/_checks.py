@@ -213,3 +213,53 @@ def check_gated_conv1d(
     if (gate_dropout or gate_noise) and seed is None:
         raise ValueError("seed: expected a 0-d int64 tensor with gate_dropout or gate_noise, got None")
     return shape
+
+
+# --- attention_pool ---
+
+ACTIVATIONS = ("tanh", "swish", "relu", "gelu")
+
+
+def check_attention_pool(
+    x: Tensor,
+    weight: Tensor,
+    query: Tensor,
+    bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+    return_scores: str,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Raises what the C++ operator raises for the same arguments. Returns the shapes of the output and of scores."""
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("return_scores", return_scores, ("none", "raw", "softmax"))
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    check_tensor("query", query)
+    check_floating("x", x)
+    packed_rows = cu_seqlens is not None
+    if x.dim() != (2 if packed_rows else 3):
+        wanted = "[T, D] with cu_seqlens" if packed_rows else "[B, L, D]"
+        raise ValueError(f"x: expected {wanted}, got shape {list(x.shape)}")
+    optional = {"bias": bias, "gate_weight": gate_weight, "gate_bias": gate_bias}
+    for name, t in {"weight": weight, "query": query, **optional}.items():
+        check_like(name, t, x)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight: expected [H, D] with D = {x.shape[-1]} like x, got shape {list(weight.shape)}")
+    hidden = weight.shape[0]
+    if query.dim() not in (1, 2) or query.shape[-1] != hidden:
+        wanted = f"[H] or [J, H] with H = {hidden} like weight"
+        raise ValueError(f"query: expected {wanted}, got shape {list(query.shape)}")
+    check_shape("bias", bias, (hidden,))
+    check_shape("gate_weight", gate_weight, weight.shape)
+    if gate_weight is None and gate_bias is not None:
+        raise ValueError("gate_bias: expected None without gate_weight, got a tensor")
+    check_shape("gate_bias", gate_bias, (hidden,))
+    check_live_rows(x, mask, lengths, cu_seqlens)
+    heads = tuple(query.shape[:-1])
+    if cu_seqlens is not None:
+        return (cu_seqlens.shape[0] - 1, *heads, x.shape[1]), (*heads, x.shape[0])
+    return (x.shape[0], *heads, x.shape[2]), (x.shape[0], *heads, x.shape[1])

@@ -2,7 +2,7 @@
 
 backend   runs the test on the reference and on the CPU kernels of every tier that this machine has
 kernels   the same without the reference
-poison    (always on) memory that is not initialised holds NaN or huge numbers instead of convenient zeros
+poison    (always on) memory that is not initialised holds NaN instead of convenient zeros
 """
 
 import ctypes
@@ -48,11 +48,12 @@ def extension() -> object:
     return _C
 
 
-def _fill_malloc(byte: int) -> None:
-    # M_PERTURB of the C library: new memory holds ~byte everywhere. Scratch memory of the kernels comes from there.
+def _fill_malloc(on: bool) -> None:
+    # M_PERTURB of the C library: new memory, which is what the kernels' scratch comes from, holds the complement of the
+    # low byte of a value that is not zero. 0xff everywhere is NaN in every floating type.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-6, byte)
+        mallopt(-6, 0x100 if on else 0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,14 +62,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def poison(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tensors made by empty() hold NaN (PyTorch does so for deterministic algorithms), other new memory about -1e38."""
+    """Tensors made by empty() hold NaN (PyTorch does so for deterministic algorithms), and so does other new memory."""
     if request.node.get_closest_marker("no_poison"):
         yield
         return
     torch.use_deterministic_algorithms(True)
-    _fill_malloc(0x01)
+    _fill_malloc(True)
     yield
-    _fill_malloc(0)
+    _fill_malloc(False)
     torch.use_deterministic_algorithms(False)
 
 

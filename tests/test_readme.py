@@ -16,3 +16,5 @@ def test_python_examples_run_one_after_the_other() -> None:
     whole = names["gated_conv1d"](names["x"], names["weight"], names["bias"], dilation=2, padding="causal")
     assert torch.equal(names["y"], whole[:, -names["y"].shape[1] :]), "the last streamed chunk"
     assert all(layer.weight.grad is not None for layer in names["layers"])
+    assert names["pooled"].shape == (8, 128) and torch.allclose(names["scores"].sum(1), torch.ones(8), atol=1e-5)
+    assert all(p.grad is not None for p in names["pool"].parameters())

@@ -3,6 +3,7 @@
 #include "gated_conv.h"
 
 #include "gated_conv_rows.h"
+#include "weights.h"
 
 namespace pykernels::PYKERNELS_TIER {
 namespace {
@@ -13,28 +14,17 @@ int64_t packed_bytes(int64_t c_out, int64_t c_in, int64_t taps) {
   return blocks * taps * tap_weights<P>(panel_width<P>(c_in)) * int64_t(sizeof(P));
 }
 
-// [c_out, c_in, taps] to [column block][tap][packed], by W x W transposes of weights that are read in order.
+// [c_out, c_in, taps] to [column block][tap][packed].
 template <class T, class P>
 void pack(void* packed, const void* value_weight, const void* gate_weight, int64_t c_out, int64_t c_in, int64_t taps, int64_t begin,
           int64_t end) {
   constexpr int W = Product<P>::kLanes;
-  const int64_t depth = panel_width<P>(c_in), tap_size = tap_weights<P>(depth), row = c_in * taps;
+  const int64_t depth = panel_width<P>(c_in), tap_size = tap_weights<P>(depth);
   for (int64_t block = begin; block < end; block++) {
     P* to = static_cast<P*>(packed) + (block - begin) * taps * tap_size;
-    const int64_t columns = min<int64_t>(W, c_out - block * W);
     for (int half = 0; half < 2; half++) {
-      const T* from = static_cast<const T*>(half ? gate_weight : value_weight) + block * W * row;
-      int64_t channel = 0, tap = 0;
-      for (int64_t j = 0; j < row; j += W) {
-        const int64_t n = min<int64_t>(W, row - j);
-        Vec<Arithmetic<P>> v[W] = {};
-        for (int64_t i = 0; i < columns; i++) v[i] = load_columns(from + i * row + j, n);
-        transpose(v);
-        for (int64_t i = 0; i < n; i++) {
-          put_packed(to + tap * tap_size, channel, half, v[i]);
-          if (++tap == taps) tap = 0, channel++;
-        }
-      }
+      const T* from = static_cast<const T*>(half ? gate_weight : value_weight) + block * W * c_in * taps;
+      pack_outputs(to, half, from, min<int64_t>(W, c_out - block * W), c_in, taps, tap_size);
     }
     for (int64_t tap = 0; tap < taps; tap++) zero_packed_tail(to + tap * tap_size, c_in, depth);
   }

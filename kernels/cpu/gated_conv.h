@@ -4,40 +4,18 @@
 //   g = sigmoid(random(z))     v = act(c)     y[t] = blend(x[t + shift], v, g)
 //
 // Work is cut into blocks of rows of one sequence. Every element of an output is summed by one block in one fixed order, and partial sums
-// over blocks are added in the order of the blocks, so that no result depends on who runs which block.
+// over blocks are added in the order of the blocks, so that no result depends on who runs which block. A unit of work is one block, or
+// several whole sequences that are shorter than a register tile is high, so that their rows follow each other in the flattened tensors.
+// (For backward_weight any blocks.)
 #pragma once
 
-#include <cstdint>
+#include "blocks.h"
 
 namespace pykernels {
 
-enum class Dtype : uint8_t { float32, bfloat16, float16, float64 };
 enum class Residual : uint8_t { highway, add, none };
 enum class ValueAct : uint8_t { identity, tanh };
 enum class GateRandom : uint8_t { none, dropout, noise };
-
-// One sequence of the batch. Rows are counted in the flattened tensors [rows, channels] of outputs and gradients.
-struct Sequence {
-  const void* x;        // its first row
-  const uint8_t* mask;  // one byte for each of its x rows, or null
-  int64_t live;         // x rows that exist; the other in_rows - live are padding
-  int64_t live_out;     // output rows that are computed; the other out_rows - live_out are zero
-  int64_t in_row, in_rows;
-  int64_t out_row, out_rows;
-  int64_t index;  // place in the batch
-};
-
-// Rows [first, first + rows) of a sequence: output rows, or x rows for the gradient of x.
-struct Block {
-  int64_t sequence, first, rows;
-};
-
-// The unit of work: one block, or several whole sequences that are shorter than a register tile is high, so that their rows follow each
-// other in the flattened tensors. (For backward_weight any blocks.)
-struct Blocks {
-  const Block* data;
-  int64_t count, rows;
-};
 
 struct GatedConvArgs {
   int64_t c_in, c_out, taps, dilation, left, shift;

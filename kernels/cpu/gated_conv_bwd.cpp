@@ -10,7 +10,7 @@
 // Saved by forward: v and g. dh exists once, in panel type; the two products read it in place.
 #include "gated_conv.h"
 #include "gated_conv_rows.h"
-#include "interleave.h"
+#include "weights.h"
 
 namespace pykernels::PYKERNELS_TIER {
 namespace {
@@ -102,35 +102,22 @@ void reduce_sums(const GatedConvArgs& args, const void* sums, int64_t count, voi
 // ---- dx ------------------------------------------------------------------------------------------------------------------------------
 
 template <class P>
-constexpr int64_t kBlockColumns = 2 * Product<P>::kLanes;
-
-template <class P>
 int64_t packed_transposed_bytes(int64_t c_out, int64_t c_in, int64_t taps) {
-  const int64_t blocks = (c_in + kBlockColumns<P> - 1) / kBlockColumns<P>;
-  return blocks * taps * tap_weights<P>(2 * panel_width<P>(c_out)) * int64_t(sizeof(P));
+  return x_column_blocks<P>(c_in) * taps * tap_weights<P>(2 * panel_width<P>(c_out)) * int64_t(sizeof(P));
 }
 
 // The columns are now those of x, two vectors of them side by side; the inner dimension is [value outputs, gate outputs] like dh.
 template <class T, class P>
 void pack_transposed(void* packed, const void* value_weight, const void* gate_weight, int64_t c_out, int64_t c_in, int64_t taps,
                      int64_t begin, int64_t end) {
-  constexpr int W = Product<P>::kLanes;
-  const int64_t half_depth = panel_width<P>(c_out), depth = 2 * half_depth, tap_size = tap_weights<P>(depth);
+  const int64_t half_depth = panel_width<P>(c_out), depth = 2 * half_depth;
   const Interleaved<Arithmetic<P>> of_taps(taps);
-  const auto weights = [&](int64_t e) {  // [c_in, taps] of inner element e, null for one of the padding
-    const int64_t output = e % half_depth;
-    return output < c_out ? static_cast<const T*>(e < half_depth ? value_weight : gate_weight) + output * c_in * taps : nullptr;
-  };
   for (int64_t block = begin; block < end; block++) {
-    P* to = static_cast<P*>(packed) + (block - begin) * taps * tap_size;
-    for (int half = 0; half < 2; half++) {
-      const int64_t column = block * kBlockColumns<P> + half * W, n = max<int64_t>(0, min<int64_t>(W, c_in - column));
-      const auto lanes = [&](const T* from, int64_t tap) { return of_taps.load(from ? from + column * taps : from, tap, from ? n : 0); };
-      for (int64_t e = 0; e < depth; e += 2) {
-        const T *even = weights(e), *odd = weights(e + 1);
-        for (int64_t tap = 0; tap < taps; tap++) put_packed_pair(to + tap * tap_size, e, half, lanes(even, tap), lanes(odd, tap));
-      }
-    }
+    P* to = static_cast<P*>(packed) + (block - begin) * taps * tap_weights<P>(depth);
+    pack_inputs<T>(to, block, depth, c_in, taps, of_taps, [&](int64_t e) {
+      const int64_t output = e % half_depth;
+      return output < c_out ? static_cast<const T*>(e < half_depth ? value_weight : gate_weight) + output * c_in * taps : nullptr;
+    });
   }
 }
 
@@ -227,21 +214,12 @@ void backward_input(const GatedConvArgs& args, const void* packed, const Blocks&
 // ---- dW ------------------------------------------------------------------------------------------------------------------------------
 
 template <class P>
-int64_t weight_columns(const GatedConvArgs& args) {
-  return (args.c_in + kBlockColumns<P> - 1) / kBlockColumns<P>;
-}
-template <class P>
 int64_t weight_column_blocks(const GatedConvArgs& args) {
-  return args.taps * weight_columns<P>(args);
+  return args.taps * x_column_blocks<P>(args.c_in);
 }
 template <class P>
 int64_t partial_elements(const GatedConvArgs& args) {
   return weight_column_blocks<P>(args) * 2 * args.dh_half * kBlockColumns<P>;
-}
-
-template <class P>
-int64_t transposed_stride(int64_t depth) {
-  return depth + kRowSkew<P>;
 }
 
 template <class T, class P>
@@ -254,8 +232,6 @@ int64_t backward_weight_scratch(const GatedConvArgs& args, int64_t rows) {
 // Rows of x that one tap reads for all rows of the blocks, columns [column, column + 2 vectors), packed as the inner dimension of B.
 template <class T, class P>
 void pack_x(P* to, T* panel, bool fill_panel, const GatedConvArgs& args, const Blocks& blocks, int64_t tap, int64_t column) {
-  using C = Arithmetic<P>;
-  constexpr int W = Product<P>::kLanes;
   int64_t e = 0;
   for (int64_t i = 0; i < blocks.count; i++) {
     const Block& block = blocks.data[i];
@@ -267,42 +243,11 @@ void pack_x(P* to, T* panel, bool fill_panel, const GatedConvArgs& args, const B
       x = {rows, args.c_in, 1, args.c_in, block.rows, nullptr};
       start = 0;
     }
-    for (int64_t r = 0; r < block.rows;) {
-      const T* first = x.reads_zero(start + r) ? nullptr : x.data + (start + r) * x.row_stride + column;
-      // Two rows at a time where they make a pair: one store instead of two and a load.
-      const bool pair = Product<P>::kUnit == 2 && e % 2 == 0 && r + 1 < block.rows;
-      const T* second = !pair || x.reads_zero(start + r + 1) ? nullptr : x.data + (start + r + 1) * x.row_stride + column;
-      for (int half = 0; half < 2; half++) {
-        const int64_t n = args.c_in - column - half * W;
-        const Vec<C> low = first && n > 0 ? load_columns(first + half * W, n) : Vec<C>{};
-        if (pair)
-          put_packed_pair(to, e, half, low, second && n > 0 ? load_columns(second + half * W, n) : Vec<C>{});
-        else
-          put_packed(to, e, half, low);
-      }
-      r += pair ? 2 : 1;
-      e += pair ? 2 : 1;
-    }
+    e = pack_rows(to, e, block.rows, column, args.c_in,
+                  [&](int64_t r) { return x.reads_zero(start + r) ? nullptr : x.data + (start + r) * x.row_stride; });
   }
   zero_packed_tail(to, e, panel_width<P>(e));
 }
-
-template <class C>
-struct WeightTile {
-  const C* acc;
-  int64_t half_stride;
-  C* partial;
-  bool add;
-
-  PYKERNELS_INLINE void row(int64_t r) const {
-    constexpr int W = kLanes<C>;
-    for (int half = 0; half < 2; half++) {
-      C* to = partial + r * 2 * W + half * W;
-      const Vec<C> sum = load(acc + half * half_stride + r * W);
-      store(to, add ? load(to) + sum : sum);
-    }
-  }
-};
 
 template <class T, class P>
 void backward_weight(const GatedConvArgs& args, const Blocks& blocks, void* partial, bool add, int64_t begin, int64_t end, void* memory) {
@@ -317,24 +262,19 @@ void backward_weight(const GatedConvArgs& args, const Blocks& blocks, void* part
   for (int64_t i = 0; i < blocks.count; i++) {
     const Block& block = blocks.data[i];
     const P* from = static_cast<const P*>(args.dh) + (args.sequences[block.sequence].out_row + block.first) * args.dh_row;
-    gather_transposed(dh + e, stride, Rows<P>{from, 1, args.dh_row, block.rows, outputs, nullptr}, 0, outputs);
+    transpose_dh(dh, stride, e, from, args.dh_row, block.rows, outputs);
     e += block.rows;
   }
-  for (int64_t i = 0; i < outputs && depth > blocks.rows; i++)
-    memset(dh + i * stride + blocks.rows, 0, size_t(depth - blocks.rows) * sizeof(P));
+  zero_dh_tail(dh, stride, blocks.rows, depth, outputs);
 
-  const int64_t columns = weight_columns<P>(args);
+  const int64_t columns = x_column_blocks<P>(args.c_in);
   int64_t gathered = -1;
   Product<P>::begin();
   for (int64_t index = begin; index < end; index++) {
     const int64_t tap = index / columns;
     pack_x<T, P>(x, panel, tap != gathered, args, blocks, tap, index % columns * kBlockColumns<P>);
     gathered = tap;
-    const Tap<P> all{dh, stride, 0};
-    for_each_tile(&all, 1, outputs, depth, static_cast<const P*>(x), 0, 0, 1, [&](int64_t, int64_t row, const C* acc) {
-      return WeightTile<C>{acc, Product<P>::kRows * Product<P>::kLanes,
-                           static_cast<C*>(partial) + (index * outputs + row) * kBlockColumns<P>, add};
-    });
+    weight_product(dh, stride, outputs, depth, x, static_cast<C*>(partial) + index * outputs * kBlockColumns<P>, add);
   }
   Product<P>::end();
 }
@@ -344,7 +284,7 @@ void reduce_weight(const GatedConvArgs& args, const void* partials, int64_t coun
                    int64_t end) {
   using C = Arithmetic<P>;
   constexpr int W = Product<P>::kLanes;
-  const int64_t elements = partial_elements<P>(args), columns = weight_columns<P>(args);
+  const int64_t elements = partial_elements<P>(args), columns = x_column_blocks<P>(args.c_in);
   const Interleaved<C> of_taps(args.taps);
   for (int64_t row = begin; row < end; row++) {
     const bool is_gate = row >= args.c_out;

@@ -4,19 +4,10 @@
 #include "gated_conv.h"
 #include "panel.h"
 #include "philox.h"
+#include "scratch.h"
 
 namespace pykernels::PYKERNELS_TIER {
 namespace {
-
-// Inner dimension of a panel, and elements of one tap's packed weights in a column block.
-template <class P>
-int64_t panel_width(int64_t columns) {
-  return round_up(columns, Product<P>::kDepth);
-}
-template <class P>
-int64_t tap_weights(int64_t depth) {
-  return depth * 2 * Product<P>::kLanes;
-}
 
 // Shrinks a block to the rows from its first to its last one that is below `live` and not masked. Row r has mask byte r + shift.
 PYKERNELS_INLINE void trim(Block& block, const GatedConvArgs& args, int64_t live, int64_t shift) {
@@ -32,25 +23,6 @@ template <class T>
 Rows<T> x_rows(const GatedConvArgs& args, const Sequence& sequence) {
   return {static_cast<const T*>(sequence.x), args.x_row, args.x_column, args.c_in, sequence.live, sequence.mask};
 }
-
-// Scratch memory handed out piece by piece, each aligned to a cache line.
-class Scratch {
- public:
-  explicit Scratch(void* base) : next_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(next_);
-    next_ += bytes<T>(count);
-    return piece;
-  }
-  template <class T>
-  static int64_t bytes(int64_t count) {
-    return round_up(count * int64_t(sizeof(T)), 64);
-  }
-
- private:
-  char* next_;
-};
 
 // The taps of all rows of some blocks. rows_of(sequence) is what they read; tap k of a block begins at its first row + offset + k * step.
 template <class P, class RowsOf>

@@ -124,6 +124,16 @@ void gather_rows(P* to, int64_t stride, int64_t width, const Rows<T>& x, int64_t
   }
 }
 
+// Inner dimension of a panel, and elements of one tap's packed weights in a column block.
+template <class P>
+int64_t panel_width(int64_t columns) {
+  return round_up(columns, Product<P>::kDepth);
+}
+template <class P>
+int64_t tap_weights(int64_t depth) {
+  return depth * 2 * Product<P>::kLanes;
+}
+
 // Rows at a distance of a large power of two share a few cache sets and evict each other inside one register tile. Panels are a cache line
 // wider than that; a tensor with such rows is gathered into one.
 template <class P>
