@@ -148,8 +148,9 @@ class ConvHead(nn.Module):
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
         taps = F.linear(x, self.conv.weight.permute(2, 0, 1).flatten(0, 1))
         before, here, after = F.pad(taps, (0, 0, 1, 1)).chunk(3, dim=-1)  # [B, L + 2, D] each
-        L = x.shape[1]
-        return (before[:, :L] + here[:, 1 : L + 1] + after[:, 2:] + self.conv.bias).relu()
+        L, bias = x.shape[1], self.conv.bias
+        assert bias is not None  # nn.Conv1d makes one
+        return (before[:, :L] + here[:, 1 : L + 1] + after[:, 2:] + bias).relu()
 
 
 def _mlp(width: int, outputs: int) -> nn.Sequential:
