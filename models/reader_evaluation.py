@@ -19,7 +19,7 @@ class Scores(NamedTuple):
         return (self.accuracy + self.f1) / 2
 
 
-def _half_width(text: str) -> str:
+def half_width(text: str) -> str:
     """Full-width forms (U+FF01 ... U+FF5E, and the ideographic blank) as their ASCII equals."""
     codes = (0x20 if c == 0x3000 else c - 0xFEE0 if 0xFF01 <= c <= 0xFF5E else c for c in map(ord, text))
     return "".join(map(chr, codes))
@@ -32,7 +32,7 @@ def _separates(character: str) -> bool:
 
 def tokens(text: str) -> list[str]:
     """The parts of the text between punctuation and blanks, half-width and in lower case."""
-    text = _half_width(text).lower()
+    text = half_width(text).lower()
     return "".join(" " if _separates(c) else c for c in text).split()
 
 

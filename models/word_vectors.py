@@ -47,14 +47,22 @@ class WordVectors:
     def size(self) -> int:
         return self.table.shape[1]
 
-    def rows(self, text: str) -> list[int]:
-        """A row of `table` for each character of the text."""
+    def segment(self, text: str) -> list[str]:
+        """The words of the text, none left out; characters where there are only vectors of those."""
         if self._of_words and self._tokenizer is None:
             self._tokenizer = _segmenter(self.words)
+        return list(self._tokenizer.cut(text, HMM=False)) if self._tokenizer else list(text)
+
+    def row(self, word: str) -> int:
+        """Of `table`; 0 for a word without a vector."""
+        return self._row.get(word, 0)
+
+    def rows(self, text: str) -> list[int]:
+        """A row of `table` for each character of the text."""
         rows: list[int] = []
-        for word in self._tokenizer.cut(text, HMM=False) if self._tokenizer else text:
-            row = self._row.get(word)
-            rows += [self._row.get(c, 0) for c in word] if row is None else [row] * len(word)
+        for word in self.segment(text):
+            row = self.row(word)
+            rows += [row] * len(word) if row else [self.row(c) for c in word]
         return rows
 
     # --- where vectors come from ---

@@ -16,7 +16,8 @@ from reader_data import DataError, Passage, Record, cut, load, sample
 
 from pykernels.models import DGCNNReader, DGCNNReaderConfig
 from pykernels.models import reader as reader_module
-from pykernels.models.reader import Reader, Vocabulary
+from pykernels.models.reader import Reader
+from pykernels.models.vocabulary import Vocabulary
 from pykernels.models.word_vectors import WordVectors
 
 SQUAD = {

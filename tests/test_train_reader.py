@@ -15,7 +15,6 @@ import sys
 import termios
 import time
 from pathlib import Path
-from typing import Any
 
 import plot
 import pytest
@@ -26,7 +25,9 @@ from safetensors import safe_open
 from kit import log
 from kit.config import differences, option, parse
 from kit.progress import Progress
+from kit.training import Trainer
 from pykernels.models.reader import Reader
+from tests.runs import assert_same_run, contents
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train_reader.py"
@@ -53,27 +54,6 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
     # 48 questions to train on, 8 a step: 6 steps an epoch.
     small = "--char-size 8 --batch-size 8 --word-vectors none --min-count 1 --threads 1 --quiet"
     return ["--data", str(data), "--out", str(out), *small.split(), *more]
-
-
-def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and progress of a checkpoint, without how long the epoch has taken."""
-    with safe_open(path, "pt") as file:
-        progress = json.loads(file.metadata()["progress"])
-        progress.pop("epoch_seconds")
-        return {name: file.get_tensor(name) for name in file.keys()}, progress
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bitwise the same checkpoint, and the same log but for the times."""
-    (a, a_progress), (b, b_progress) = contents(one / "last.safetensors"), contents(other / "last.safetensors")
-    assert a_progress == b_progress and a.keys() == b.keys()
-    assert any(name.startswith("optimizer.") for name in a) and "module.ema.n_averaged" in a and "torch_rng" in a
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-    rows = []
-    for run in (one, other):
-        rows.append([{k: v for k, v in row.items() if "seconds" not in k} for row in log.read(run / "log.csv")])
-    assert rows[0] == rows[1]
 
 
 def test_resumed_run_is_bitwise_the_uninterrupted_one(data: Path, tmp_path: Path) -> None:
@@ -116,14 +96,14 @@ def test_killed_run_goes_on_from_its_last_checkpoint(data: Path, tmp_path: Path)
 
 
 def test_signal_ends_a_run_after_a_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = train_reader.Trainer.step
+    real = Trainer.step
 
-    def step(self: train_reader.Trainer, batch: train_reader.Batch) -> float:
+    def step(self: Trainer, chosen: list[int]) -> float:
         if self.state.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, batch)
+        return real(self, chosen)
 
-    monkeypatch.setattr(train_reader.Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     assert train_reader.main(arguments(data, tmp_path)) == 130
     assert contents(tmp_path / "last.safetensors")[1]["step"] == 5
 
@@ -149,7 +129,7 @@ def test_nothing_held_out(data: Path, tmp_path: Path) -> None:
     schedule = ["--holdout", "0", "--epochs", "3", "--switch-epoch", "2"]
     assert train_reader.main(arguments(data, tmp_path, *schedule)) == 0
     tensors, progress = contents(tmp_path / "last.safetensors")
-    assert (progress["stage"], progress["epoch"], progress["best"]) == (2, 3, -1)
+    assert (progress["stage"], progress["epoch"], progress["best"]) == (2, 3, 0)
     weight = Reader.load(tmp_path).model.join.weight
     assert torch.equal(weight, tensors["module.ema.module.join.weight"])
     assert json.loads((tmp_path / "scores.json").read_text()) == {}
@@ -341,16 +321,16 @@ def test_presets_stand_between_defaults_and_what_is_given(tmp_path: Path) -> Non
 def test_averaged_weights(data: Path, tmp_path: Path) -> None:
     """The average starts as the first step's weights, and follows with decay min(0.5, (1 + n) / (10 + n))."""
     seen, kept = [], {}
-    real = train_reader.Trainer.step
+    real = Trainer.step
 
-    def step(self: train_reader.Trainer, batch: train_reader.Batch) -> float:
-        value = real(self, batch)
+    def step(self: Trainer, chosen: list[int]) -> float:
+        value = real(self, chosen)
         seen.append(self.model.join.weight.detach().double().clone())
         kept["ema"] = self.ema.module.join.weight.detach().clone()
         return value
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_reader.Trainer, "step", step)
+        patch.setattr(Trainer, "step", step)
         assert train_reader.main(arguments(data, tmp_path, "--max-steps", "14", "--ema-decay", "0.5")) == 0
     average = seen[0]
     for n, weight in enumerate(seen[1:], 1):
