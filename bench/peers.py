@@ -39,10 +39,14 @@ def export(module: nn.Module, x: Tensor) -> bytes:
 
 
 def onnx_runtime(model: bytes, x: Tensor, threads: int) -> Network:
-    """One inference of the exported model by ONNX Runtime."""
+    """One inference of the exported model by ONNX Runtime.
+
+    Its threads sleep between inferences: by default they spin for a while, on the processors of whoever is next.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     inputs = {session.get_inputs()[0].name: x.numpy()}

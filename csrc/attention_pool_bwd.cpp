@@ -15,7 +15,8 @@
 namespace pykernels {
 namespace {
 
-at::Tensor bytes(int64_t n) { return at::empty({n}, at::kByte); }
+// Never null, even where no hidden unit or column exists.
+at::Tensor bytes(int64_t n) { return at::empty({std::max<int64_t>(1, n)}, at::kByte); }
 
 // Where each unit's rows of dh begin, and how many rows there are in all.
 std::vector<int64_t> dh_rows(const Work& work, int64_t pad) {
