@@ -44,18 +44,15 @@ def test_twenty_runs_and_all_numbers_of_threads_are_equal(index: int, dtype: str
 
 def test_waves_of_rows_do_not_depend_on_threads(extension: object) -> None:
     """#14: more rows than backward holds dh of at a time, in three waves of unequal size."""
-    x = torch.randn(1, 90_000, 8, requires_grad=True)
-    weight, query = (torch.randn(*shape, requires_grad=True) for shape in ((160, 8), (160,)))
-    dout, results = torch.randn(1, 8), []
+    case = PoolCase(B=1, L=90_000, D=8, H=160)
+    p = problem(case, torch.float32)
+    results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(torch.autograd.grad(attention_pool(x, weight, query, backend="cpu"), (x, weight, query), dout))
+        results.append(evaluate(p.inputs, case.gradients, **p.options, backend="cpu"))
     for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
-    exact = [t.detach().double().requires_grad_() for t in (x, weight, query)]
-    truth = torch.autograd.grad(attention_pool(*exact, backend="reference"), exact, dout.double())
-    for ours, true in zip(results[0], truth, strict=True):
-        assert (ours - true).abs().max() <= 1e-5 * max(1.0, true.abs().max().item())
+        assert_equal(results[0], result)
+    p.check(results[0])
 
 
 def test_calls_from_several_threads_at_once(kernels: str) -> None:

@@ -88,7 +88,7 @@ Tap<P> operand(P* panel, LiveRows<T>& live, const AttentionPoolArgs& args, const
     if (in_place) return {live.rows[0], step, 0};
   }
   const int64_t stride = panel_stride<P>(width);
-  for (int64_t r = 0; r < live.count; r++) {
+  for (int64_t r = 0; r < live.count && args.width > 0; r++) {
     convert_row(panel + r * stride, live.rows[r], args.width, width);
     if constexpr (__is_same(T, P)) live.rows[r] = panel + r * stride;  // the copy is in the cache
   }
