@@ -21,7 +21,7 @@ Work forward_work(const AttentionPoolCall& call) {
   return Work(call.chunks, std::max(2 * call.kernels->row_tile, std::min(call.unit_rows(), share)));
 }
 
-// Zeros where a sequence has no live row, and scores of rows that are masked.
+// Zeros where a sequence has no live row, and in what is kept of rows that are masked.
 void zero_dead(const AttentionPoolCall& call) {
   const AttentionPoolArgs& args = call.args;
   const auto zero = [](void* base, int64_t first, int64_t count, int64_t size) {
@@ -43,6 +43,8 @@ void zero_dead(const AttentionPoolCall& call) {
         zero(args.scores, at, count, sum_size);
         zero(args.weights, at, count, sum_size);
       }
+      const int64_t kept = call.kept_shape.back();
+      zero(args.kept, (sequence.in_row + first) * kept, count * kept, size);
     });
   }
 }
@@ -78,12 +80,12 @@ void attention_pool_forward(AttentionPoolCall& call) {
   if (args.weights) parallel_items(call.batch(), 0, [&](int64_t s, void*) { k.normalize(args, s); });
 }
 
-using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Results attention_pool_fwd(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& query, const OptionalTensor& bias,
                            const OptionalTensor& gate_weight, const OptionalTensor& gate_bias, const OptionalTensor& mask,
                            const OptionalTensor& lengths, const OptionalTensor& cu_seqlens, std::string_view activation,
-                           std::string_view return_scores, bool save) {
+                           std::string_view return_scores, bool save, bool keep) {
   AttentionPoolCall call({x, weight, query, bias, gate_weight, gate_bias, mask, lengths, cu_seqlens, activation, return_scores});
   AttentionPoolArgs& args = call.args;
   using Returned = AttentionPoolCall::Returned;
@@ -95,14 +97,16 @@ Results attention_pool_fwd(const at::Tensor& x, const at::Tensor& weight, const 
   at::Tensor weights = at::empty(wanted(call.returned == Returned::softmax, call.score_shape), sums);
   at::Tensor max_sum = at::empty({call.batch(), args.heads, 2}, sums);
   at::Tensor pooled = at::empty(wanted(save && x.scalar_type() != call.sum_type, call.out_shape), sums);
+  at::Tensor kept = at::empty(wanted(keep, call.kept_shape), out.options());
   const auto pointer = [](const at::Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; };
   args.out = pointer(out);
   args.scores = pointer(scores);
   args.weights = pointer(weights);
   args.max_sum = pointer(max_sum);
   args.pooled = pointer(pooled);
+  args.kept = pointer(kept);
   if (args.heads > 0) attention_pool_forward(call);
-  return {out, scores, weights, max_sum, pooled};
+  return {out, scores, weights, max_sum, pooled, kept};
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ void run(AttentionPoolCall& call, const Wanted& wanted) {
   const AttentionPoolKernels& k = *call.kernels;
   parallel_items(call.batch(), 0, [&](int64_t s, void*) { k.backward_delta(args, s); });
 
-  const int64_t group = std::max(2 * k.row_tile, std::min<int64_t>(call.unit_rows(), 256));
+  constexpr int64_t group = 256;  // rows of a unit: what a partial sum of dW is read and written for
   const int64_t row_bytes = std::max<int64_t>(1, args.dh_row * k.panel_size);
   const int64_t wave_rows = std::max(group, kWaveBytes / row_bytes);
   std::vector<Work> waves;
@@ -60,7 +60,7 @@ void run(AttentionPoolCall& call, const Wanted& wanted) {
   const auto pack_transposed = [&](void* to, int64_t begin, int64_t end) {
     k.pack_transposed(args, to, call.weight, call.gate_weight, begin, end);
   };
-  const at::Tensor packed = packed_weights(k.column_blocks(args), k.packed_bytes(args), pack);
+  const at::Tensor packed = args.kept ? bytes(0) : packed_weights(k.column_blocks(args), k.packed_bytes(args), pack);
   const at::Tensor transposed =
       wanted.dx ? packed_weights(k.input_column_blocks(args), k.packed_transposed_bytes(args), pack_transposed) : bytes(0);
   const int64_t sum_bytes = k.sum_elements(args) * k.sum_size;
@@ -112,7 +112,7 @@ void zero_dead(const AttentionPoolCall& call) {
 }
 
 void check_saved(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::ScalarType type) {
-  TORCH_CHECK_VALUE(t.sizes() == shape && t.scalar_type() == type, name, ": expected what _attention_pool_fwd returned with save=True, ",
+  TORCH_CHECK_VALUE(t.sizes() == shape && t.scalar_type() == type, name, ": expected what _attention_pool_fwd returned for backward, ",
                     shape, " ", type, ", got ", t.sizes(), " ", t.scalar_type());
 }
 
@@ -122,8 +122,8 @@ Gradients attention_pool_bwd(const OptionalTensor& dout, const OptionalTensor& d
                              const at::Tensor& query, const OptionalTensor& bias, const OptionalTensor& gate_weight,
                              const OptionalTensor& gate_bias, const OptionalTensor& mask, const OptionalTensor& lengths,
                              const OptionalTensor& cu_seqlens, const at::Tensor& scores, const at::Tensor& max_sum,
-                             const at::Tensor& pooled, std::string_view activation, std::string_view return_scores,
-                             std::array<bool, 6> needs) {
+                             const at::Tensor& pooled, const OptionalTensor& kept, std::string_view activation,
+                             std::string_view return_scores, std::array<bool, 6> needs) {
   AttentionPoolCall call({x, weight, query, bias, gate_weight, gate_bias, mask, lengths, cu_seqlens, activation, return_scores});
   AttentionPoolArgs& args = call.args;
   if (dout) {
@@ -139,6 +139,7 @@ Gradients attention_pool_bwd(const OptionalTensor& dout, const OptionalTensor& d
   check_saved("scores", scores, call.score_shape, call.sum_type);
   check_saved("max_sum", max_sum, {call.batch(), args.heads, 2}, call.sum_type);
   check_saved("pooled", pooled, call.out_shape, call.sum_type);
+  if (kept) check_saved("kept", *kept, call.kept_shape, x.scalar_type());
 
   const auto gradient = [&](bool needed, const OptionalTensor& like) {
     return at::empty(needed && like ? like->sizes() : at::IntArrayRef({0}), x.options());
@@ -154,14 +155,16 @@ Gradients attention_pool_bwd(const OptionalTensor& dout, const OptionalTensor& d
                       .dbias = pointer(std::get<3>(gradients)),
                       .dgate_bias = pointer(std::get<5>(gradients))};
   const auto rows = [](const OptionalTensor& t) { return t ? t->contiguous() : at::Tensor(); };
-  const at::Tensor dout_rows = rows(dout), dscore_rows = rows(dscores), score_rows = scores.contiguous(), max_sums = max_sum.contiguous(),
-                   pooled_rows = pooled.contiguous(), delta = at::empty({call.batch(), args.heads}, max_sum.options());
+  const at::Tensor dout_rows = rows(dout), dscore_rows = rows(dscores), kept_rows = rows(kept), score_rows = scores.contiguous(),
+                   max_sums = max_sum.contiguous(), pooled_rows = pooled.contiguous(),
+                   delta = at::empty({call.batch(), args.heads}, max_sum.options());
   const auto saved = [](const at::Tensor& t) { return t.defined() ? const_cast<void*>(t.const_data_ptr()) : nullptr; };
   args.dout = saved(dout_rows);
   args.dscores = saved(dscore_rows);
   args.scores = saved(score_rows);
   args.max_sum = saved(max_sums);
   args.pooled = saved(pooled_rows);
+  args.kept = saved(kept_rows);
   args.delta = delta.mutable_data_ptr();
   args.dx = pointer(std::get<0>(gradients));
   if (wanted.dx && call.has_dead_rows) zero_dead(call);

@@ -49,6 +49,7 @@ AttentionPoolCall::AttentionPoolCall(const AttentionPoolInputs& in) : x(in.x) {
   if (!packed_rows) score_shape.push_back(batch());
   if (has_heads) score_shape.push_back(args.heads);
   score_shape.push_back(length);
+  kept_shape = {packed_rows ? length : batch() * length, (args.gated ? 2 : 1) * args.hidden};
   args.score_head = length;
   args.score_row = packed_rows ? 1 : args.heads;
 
@@ -95,7 +96,7 @@ void AttentionPoolCall::check_shapes(const AttentionPoolInputs& in) {
 
 // From the first live row of each sequence on, and of a size that depends on D alone, so that results do not move with padding.
 void AttentionPoolCall::cut_chunks() {
-  constexpr int64_t kMost = 128, kLeast = 32;
+  constexpr int64_t kMost = 64, kLeast = 32;
   const int64_t row_bytes = std::max<int64_t>(1, args.width * kernels->panel_size);
   const int64_t rows = std::clamp(kPanelBytes / row_bytes / kLeast * kLeast, kLeast, kMost);
   alone_.reserve(sequences.size());

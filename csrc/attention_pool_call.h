@@ -52,7 +52,7 @@ class AttentionPoolCall {
   std::vector<Sequence> sequences;
   std::vector<Block> chunks;         // of all sequences, in order
   std::vector<int64_t> first_chunk;  // of each sequence, and their number
-  std::vector<int64_t> out_shape, score_shape;
+  std::vector<int64_t> out_shape, score_shape, kept_shape;
   bool has_dead_rows = false;
   const void *weight = nullptr, *gate_weight = nullptr;
 

@@ -27,17 +27,18 @@ TORCH_LIBRARY(pykernels, m) {
   m.def("_gated_conv_pack(Tensor weight, Tensor? gate_weight, str split) -> Tensor");
 
   // out, raw scores (empty unless saved or returned), softmax scores (empty unless returned), and for backward their largest and
-  // the sum of e^(s - largest), and out before it was rounded (empty where nothing is rounded).
+  // the sum of e^(s - largest), out before it was rounded (empty where nothing is rounded), and what the activation and the sigmoid are
+  // taken of, x's rows by H or 2 H (empty unless keep).
   m.def(
       "_attention_pool_fwd(Tensor x, Tensor weight, Tensor query, Tensor? bias, Tensor? gate_weight, Tensor? gate_bias, Tensor? mask, "
-      "Tensor? lengths, Tensor? cu_seqlens, str activation, str return_scores, bool save) "
-      "-> (Tensor out, Tensor scores, Tensor weights, Tensor max_sum, Tensor pooled)");
+      "Tensor? lengths, Tensor? cu_seqlens, str activation, str return_scores, bool save, bool keep) "
+      "-> (Tensor out, Tensor scores, Tensor weights, Tensor max_sum, Tensor pooled, Tensor kept)");
 
   // dx, dweight, dquery, dbias, dgate_weight, dgate_bias; those that are not needed are empty. dscores is the gradient of the scores that
-  // return_scores names.
+  // return_scores names. Without kept the activations are computed again.
   m.def(
       "_attention_pool_bwd(Tensor? dout, Tensor? dscores, Tensor x, Tensor weight, Tensor query, Tensor? bias, Tensor? gate_weight, "
-      "Tensor? gate_bias, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens, Tensor scores, Tensor max_sum, Tensor pooled, "
+      "Tensor? gate_bias, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens, Tensor scores, Tensor max_sum, Tensor pooled, Tensor? kept, "
       "str activation, str return_scores, bool[6] needs) "
       "-> (Tensor dx, Tensor dweight, Tensor dquery, Tensor dbias, Tensor dgate_weight, Tensor dgate_bias)");
 }

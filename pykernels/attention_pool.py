@@ -9,7 +9,8 @@ B batch, L length, D width, H hidden, J pooling heads, T packed rows.
 Additive attention (Bahdanau et al. 2015) with a learned query: structured self-attentive sentence embedding (Lin et al.
 2017), and with the gate the attention pooling of multiple-instance learning (Ilse, Tomczak and Welling 2018).
 
-Backward keeps the scores s with their largest and the sum of e^(s - largest), and computes u again. With
+Backward keeps the scores s with their largest and the sum of e^(s - largest), and computes u again, unless it is told to
+keep what the activations are taken of (recompute=False). With
 da[j, l] = dout[j] . x[l]: ds = a * (da - sum of a * da), du[l] = sum over j of ds[j, l] query[j], and from there
 through the small network; dx[l] gets the sum over j of a[j, l] dout[j] besides.
 """
@@ -108,10 +109,10 @@ if _C is not None:
 
     @torch.library.register_fake("pykernels::_attention_pool_fwd")
     def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
-        tensors, form, save = args[:TENSORS], args[TENSORS:-1], args[-1]
+        tensors, form, (save, keep) = args[:TENSORS], args[TENSORS:-2], args[-2:]
         out, scores = check_attention_pool(*tensors, *form)
         returned = form[-1]
-        x, query = tensors[0], tensors[2]
+        x, weight, query, gate_weight = tensors[0], tensors[1], tensors[2], tensors[4]
         exact = torch.promote_types(x.dtype, torch.float32)
         heads = query.shape[0] if query.dim() == 2 else 1
         return (
@@ -120,11 +121,14 @@ if _C is not None:
             x.new_empty(scores if returned == "softmax" else (0,), dtype=exact),
             x.new_empty((out[0], heads, 2), dtype=exact),
             x.new_empty(out if save and x.dtype != exact else (0,), dtype=exact),
+            x.new_empty(
+                (math.prod(x.shape[:-1]), weight.shape[0] * (1 if gate_weight is None else 2)) if keep else (0,)
+            ),
         )
 
     @torch.library.register_fake("pykernels::_attention_pool_bwd")
     def _bwd_fake(dout: Tensor | None, dscores: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-        tensors, form, needs = args[:TENSORS], args[TENSORS + 3 : -1], args[-1]
+        tensors, form, needs = args[:TENSORS], args[TENSORS + 4 : -1], args[-1]
         check_attention_pool(*tensors, *form)
         return tuple(
             tensors[0].new_empty(t.shape if needed and t is not None else (0,))
@@ -142,33 +146,35 @@ class AttentionPoolFunction(torch.autograd.Function):
     """The raw operators with gradients; about half the time of a call through torch.library.register_autograd."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _fwd(*args, True)
+    def forward(recompute: bool, *args: Any) -> tuple[Tensor, ...]:
+        return _fwd(*args, True, not recompute)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        out, scores, weights, max_sum, pooled = output
-        returned = inputs[-1]
+        out, scores, weights, max_sum, pooled, kept = output
+        recompute, *args = inputs
+        returned = args[-1]
         unreturned = [t for t, name in ((scores, "raw"), (weights, "softmax")) if name != returned]
-        ctx.mark_non_differentiable(*unreturned, max_sum, pooled)
+        ctx.mark_non_differentiable(*unreturned, max_sum, pooled, kept)
         ctx.set_materialize_grads(False)  # else backward would be given zeros for what nobody used
         rounded = out.dtype != scores.dtype
-        ctx.save_for_backward(*inputs[:TENSORS], scores, max_sum, pooled if rounded else out)
-        ctx.form = inputs[TENSORS:]
+        unrounded = pooled if rounded else out
+        ctx.save_for_backward(*args[:TENSORS], scores, max_sum, unrounded, None if recompute else kept)
+        ctx.form = args[TENSORS:]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *more: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, scores, max_sum, pooled = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:DIFFERENTIABLE]
+        *tensors, scores, max_sum, pooled, kept = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1 : 1 + DIFFERENTIABLE]
         dscores = {"none": None, "raw": more[0], "softmax": more[1]}[ctx.form[1]]
         if dout is None and dscores is None:
             grads: Any = [None] * DIFFERENTIABLE
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_gradients(dout, dscores, tensors, ctx.form, needs)
         else:
-            grads = _bwd(dout, dscores, *tensors, scores, max_sum, pooled, *ctx.form, needs)
+            grads = _bwd(dout, dscores, *tensors, scores, max_sum, pooled, kept, *ctx.form, needs)
         rest = [None] * (TENSORS - DIFFERENTIABLE + len(ctx.form))
-        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *rest
+        return None, *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *rest
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
@@ -210,6 +216,7 @@ def attention_pool(
     cu_seqlens: Tensor | None = None,
     activation: str = "tanh",
     return_scores: str | None = None,
+    recompute: bool = True,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mean of the rows of x, weighted by a softmax over query . act(weight x + bias).
@@ -231,11 +238,13 @@ def attention_pool(
         activation: "tanh", "swish", "relu", or "gelu" (by the error function).
         return_scores: "raw" returns s besides, "softmax" a: [B, L], with heads [B, J, L]; packed rows [T] or [J, T].
             float32 (float64 for float64), zero where masked, differentiable.
+        recompute: False keeps weight x + bias (and the gate's) in x's dtype for backward, which then has three
+            products instead of four. The reference ignores it.
         backend: "reference", "cpu", "cuda", "triton", or "auto"; None: what `set_backend` or PYKERNELS_BACKEND says.
 
     Returns out [B, D], with heads [B, J, D], in x's dtype, or (out, scores). A sequence without rows gives zeros, and
-    zero gradients. Nothing of the size [B, L, H] is made; backward keeps 4 bytes a score (8 for float64) and computes u
-    again. Equal inputs give equal bits on the CPU kernels, with any number of threads, whatever the sequence is batched
+    zero gradients. Unless recompute is False, nothing of the size [B, L, H] is made: backward keeps 4 bytes a score (8
+    for float64) and computes u again. Equal inputs give equal bits on the CPU kernels, with any number of threads, whatever the sequence is batched
     with and however far it is padded behind. Double backward works at the speed of plain PyTorch; torch.vmap and
     forward-mode differentiation are refused. Under torch.export, torch.jit.trace and ONNX export plain PyTorch
     operators are emitted.
@@ -267,9 +276,9 @@ def attention_pool(
         raise NotImplementedError("attention_pool: forward-mode differentiation is not supported")
     try:
         if torch.is_grad_enabled() and any([t.requires_grad for t in inputs]):
-            out, scores, weights = AttentionPoolFunction.apply(*tensors, *form)[:3]
+            out, scores, weights = AttentionPoolFunction.apply(recompute, *tensors, *form)[:3]
         else:
-            out, scores, weights = _fwd(*tensors, *form, False)[:3]
+            out, scores, weights = _fwd(*tensors, *form, False, False)[:3]
     except RuntimeError:
         # What PyTorch says of an argument of the wrong type does not begin with its name.
         check_attention_pool(*tensors, *form)
@@ -301,6 +310,7 @@ class AttentionPool(nn.Module):
         bias: bool = False,
         gated: bool = False,
         activation: str = "tanh",
+        recompute: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
@@ -310,7 +320,7 @@ class AttentionPool(nn.Module):
             check_int(name, size, 1)
         check_choice("activation", activation, ACTIVATIONS)
         self.dim, self.hidden, self.heads = dim, hidden, heads
-        self.activation, self.backend = activation, backend
+        self.activation, self.recompute, self.backend = activation, recompute, backend
         shapes = {
             "weight": (hidden, dim),
             "query": (hidden,) if heads is None else (heads, hidden),
@@ -354,6 +364,7 @@ class AttentionPool(nn.Module):
             cu_seqlens=cu_seqlens,
             activation=self.activation,
             return_scores=return_scores,
+            recompute=self.recompute,
             backend=self.backend,
         )
 
@@ -361,4 +372,5 @@ class AttentionPool(nn.Module):
         told = [str(self.dim), str(self.hidden), *([] if self.heads is None else [f"heads={self.heads}"])]
         told += ["bias=True"] * (self.bias is not None) + ["gated=True"] * (self.gate_weight is not None)
         told += [f"activation={self.activation!r}"] * (self.activation != "tanh")
+        told += ["recompute=False"] * (not self.recompute)
         return ", ".join(told + [f"backend={self.backend!r}"] * (self.backend is not None))

@@ -157,10 +157,13 @@ def problem(case: PoolCase, dtype: torch.dtype) -> PoolProblem:
 
 
 def check_case(case: PoolCase, dtype: torch.dtype, backend: str, **options: Any) -> None:
-    """Inference, training and their equality, by the error rule."""
+    """Inference, and training with both ways of backward, by the error rule; all with the same results."""
     p = problem(case, dtype)
     trained = evaluate(p.inputs, case.gradients, **p.options, **options, backend=backend)
     p.check(trained)
+    kept = evaluate(p.inputs, case.gradients, **p.options, **options, backend=backend, recompute=False)
+    p.check(kept)
     inferred = evaluate(p.inputs, None, **p.options, **options, backend=backend)
     for name, t in inferred.items():
         assert torch.equal(t, trained[name]), f"{name} of {case}: inference and training differ"
+        assert torch.equal(t, kept[name]), f"{name} of {case}: differs with recompute=False"

@@ -34,7 +34,7 @@ def forget_compiled() -> Iterator[None]:
 # --- raw operators ---
 
 
-def raw_arguments(case: PoolCase, dtype: torch.dtype, layout: str) -> tuple[tuple, tuple]:
+def raw_arguments(case: PoolCase, dtype: torch.dtype, layout: str, keep: bool = False) -> tuple[tuple, tuple]:
     """Arguments of _attention_pool_fwd, and those of _attention_pool_bwd."""
     p = problem(case, dtype)
     change = LAYOUTS[layout]
@@ -43,11 +43,11 @@ def raw_arguments(case: PoolCase, dtype: torch.dtype, layout: str) -> tuple[tupl
     tensors = [t if t is None else change(t) for t in tensors]
     tensors += [p.options.get(n) for n in ("mask", "lengths", "cu_seqlens")]
     form = (case.activation, case.returned or "none")
-    forward = (*tensors, *form, True)
-    out, scores, weights, max_sum, pooled = torch.ops.pykernels._attention_pool_fwd(*forward)
+    forward = (*tensors, *form, True, keep)
+    out, scores, weights, max_sum, pooled, kept = torch.ops.pykernels._attention_pool_fwd(*forward)
     incoming = case.gradients({"out": out, "scores": scores})
     dscores = change(incoming["scores"]) if case.returned else None
-    saved = (scores, max_sum, out if out.dtype == scores.dtype else pooled)
+    saved = (scores, max_sum, out if out.dtype == scores.dtype else pooled, kept if keep else None)
     needs = [t is not None for t in tensors[:6]]
     return forward, (change(incoming["out"]), dscores, *tensors, *saved, *form, needs)
 
@@ -56,9 +56,10 @@ def raw_arguments(case: PoolCase, dtype: torch.dtype, layout: str) -> tuple[tupl
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str, layout: str, extension: object) -> None:
     """#12: schema, fake and dispatch of the raw operators, over all layouts."""
-    forward, backward = raw_arguments(CASES[name], torch.float32, layout)
-    torch.library.opcheck(torch.ops.pykernels._attention_pool_fwd.default, forward)
-    torch.library.opcheck(torch.ops.pykernels._attention_pool_bwd.default, backward)
+    for keep in (False, True):
+        forward, backward = raw_arguments(CASES[name], torch.float32, layout, keep)
+        torch.library.opcheck(torch.ops.pykernels._attention_pool_fwd.default, forward)
+        torch.library.opcheck(torch.ops.pykernels._attention_pool_bwd.default, backward)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,9 +68,9 @@ def test_fake_shapes_and_strides_are_the_real_ones(layout: str, dtype: torch.dty
     """#12: sizes, strides and dtypes of every output, saved or not, all gradients or some."""
     for case in [*CASES.values(), PoolCase(B=0), PoolCase(L=0, J=2)]:
         for few in (False, True):
-            forward, backward = raw_arguments(case, dtype, layout)
+            forward, backward = raw_arguments(case, dtype, layout, keep=not few)
             if few:
-                forward = (*forward[:-1], False)
+                forward = (*forward[:-2], False, False)
                 needs = [i % 2 == 0 and needed for i, needed in enumerate(backward[-1])]
                 backward = (None, *backward[1:-1], needs)
             for op, arguments in (("fwd", forward), ("bwd", backward)):
@@ -89,14 +90,15 @@ def test_compile_without_graph_breaks(name: str, backend: str) -> None:
     case = CASES[name]
     p = problem(case, torch.float32)
     compiled = torch.compile(attention_pool, fullgraph=True, backend="aot_eager")
-    options = {**p.options, "backend": backend}
-    got = evaluate(p.inputs, case.gradients, call=compiled, **options)
-    expected = evaluate(p.inputs, case.gradients, **options)
-    if backend == "cpu":
-        assert_equal(got, expected, name)
-    for key in got:
-        assert torch.allclose(got[key], expected[key], rtol=1e-4, atol=1e-5), key
-    inferred = evaluate(p.inputs, None, call=compiled, **options)
+    for recompute in (True, False):
+        options = {**p.options, "recompute": recompute, "backend": backend}
+        got = evaluate(p.inputs, case.gradients, call=compiled, **options)
+        expected = evaluate(p.inputs, case.gradients, **options)
+        if backend == "cpu":
+            assert_equal(got, expected, name)
+        for key in got:
+            assert torch.allclose(got[key], expected[key], rtol=1e-4, atol=1e-5), key
+    inferred = evaluate(p.inputs, None, call=compiled, **p.options, backend=backend)
     assert torch.allclose(inferred["out"], p.same["out"], rtol=1e-4, atol=1e-5)
 
 

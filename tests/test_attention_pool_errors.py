@@ -104,16 +104,23 @@ def test_raw_operators_check_for_themselves(name: str, extension: object) -> Non
     names = ["x", "weight", "query", "bias", "gate_weight", "gate_bias", "mask", "lengths", "cu_seqlens"]
     tensors = [arguments.get(n) for n in names]
     form = [arguments.get("activation", "tanh"), arguments.get("return_scores", "raw")]
-    saved = (t(2, 9), t(2, 1, 2), t(2, 4))
+    saved = (t(2, 9), t(2, 1, 2), t(2, 4), None)
     with pytest.raises(error):
-        torch.ops.pykernels._attention_pool_fwd(*tensors, *form, True)
+        torch.ops.pykernels._attention_pool_fwd(*tensors, *form, True, False)
     with pytest.raises(error):
         torch.ops.pykernels._attention_pool_bwd(t(2, 4), None, *tensors, *saved, *form, [True] * 6)
 
 
 def test_raw_operators_check_what_backward_gets(extension: object) -> None:
     tensors = (t(2, 9, 4), t(8, 4), t(8), *(None,) * 6)
-    right = {"dout": t(2, 4), "dscores": t(2, 9), "scores": t(2, 9), "max_sum": t(2, 1, 2), "pooled": t(2, 4)}
+    right = {
+        "dout": t(2, 4),
+        "dscores": t(2, 9),
+        "scores": t(2, 9),
+        "max_sum": t(2, 1, 2),
+        "pooled": t(2, 4),
+        "kept": t(18, 8),
+    }
 
     def backward(returned: str = "raw", **changed: Tensor) -> None:
         dout, dscores, *saved = (right | changed).values()
@@ -128,6 +135,7 @@ def test_raw_operators_check_what_backward_gets(extension: object) -> None:
         ({"scores": t(0)}, ValueError),
         ({"max_sum": t(2, 2)}, ValueError),
         ({"pooled": t(2, 4, dtype=DOUBLE)}, ValueError),
+        ({"kept": t(18, 16)}, ValueError),
     ]:
         with pytest.raises(error, match=f"^{next(iter(wrong))}"):
             backward(**wrong)

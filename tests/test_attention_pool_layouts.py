@@ -124,7 +124,8 @@ def test_inputs_are_not_written(dtype: str, kernels: str) -> None:
         before = {name: (t.clone(), t._version) for name, t in arguments.items()}
         incoming = case.gradients(evaluate(p.inputs, None, **p.options))
         kept = {n: t.clone() for n, t in incoming.items()}
-        evaluate(p.inputs, lambda _, i=incoming: i, **p.options, backend=kernels)
+        for recompute in (True, False):
+            evaluate(p.inputs, lambda _, i=incoming: i, **p.options, recompute=recompute, backend=kernels)
         for name, (values, version) in before.items():
             assert torch.equal(arguments[name], values) and arguments[name]._version == version, name
         assert all(torch.equal(incoming[n], kept[n]) for n in kept)

@@ -255,9 +255,11 @@ def test_nan_and_infinity_in_rows_that_count(kernels: str) -> None:
         assert out[0].isnan().all() and out[1].isfinite().all()
 
 
+@pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_bytes_kept_for_backward(dtype: str, kernels: str) -> None:
-    """4 bytes a score, 8 for a sequence's head; 16-bit dtypes also the output before it was rounded. Nothing of H."""
+def test_bytes_kept_for_backward(dtype: str, recompute: bool, kernels: str) -> None:
+    """4 bytes a score, 8 for a sequence's head; 16-bit dtypes also the output before it was rounded. Nothing of H,
+    unless it is asked for: then the preactivations in x's dtype."""
     case = PoolCase(B=4, L=50, D=16, H=96, J=2)
     leaves = {name: t.requires_grad_() for name, t in case.inputs(FLOATS[dtype]).items()}
     kept: dict[int, int] = {}
@@ -267,10 +269,12 @@ def test_bytes_kept_for_backward(dtype: str, kernels: str) -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = attention_pool(**leaves, backend=kernels)
+        out = attention_pool(**leaves, recompute=recompute, backend=kernels)
     for t in (*leaves.values(), out):
         kept.pop(t.untyped_storage().data_ptr(), None)
-    assert sum(kept.values()) == 4 * (2 * 4 * 50 + 2 * 2 * 4) + (4 * out.numel() if dtype == "bf16" else 0)
+    preactivations = 0 if recompute else 4 * 50 * 96 * out.element_size()
+    unrounded = 4 * out.numel() if dtype == "bf16" else 0
+    assert sum(kept.values()) == 4 * (2 * 4 * 50 + 2 * 2 * 4) + unrounded + preactivations
 
 
 @pytest.mark.parametrize("needed", ["x", "weight", "query", "bias", "gate_weight", "gate_bias"])

@@ -39,11 +39,18 @@ struct ScoreTile {
   int64_t query_stride, heads;
   C* sums;  // at the tile's first row, one vector a row
   int64_t head_stride;
-  int64_t n;  // units that exist, from the block's first on
+  T* const* kept;   // at the tile's first row, or null
+  int64_t unit, n;  // the block's first unit, and how many exist from there on
+  int64_t hidden;
 
   PYKERNELS_INLINE void row(int64_t r) const {
     constexpr int W = kLanes<C>;
     const Vec<C> h0 = load(acc + r * W) + bias[0], h1 = load(acc + half_stride + r * W) + bias[1];
+    if (kept) {
+      store_columns(kept[r] + unit, h0, n);
+      if (kGated) store_columns(kept[r] + hidden + unit, h1, n);
+      if (!kGated && n > W) store_columns(kept[r] + unit + W, h1, n - W);
+    }
     Vec<C> u0 = kGated ? activate<T, kAct>(h0).value * sigmoid_to<T>(h1) : activate<T, kAct>(h0).value;
     Vec<C> u1 = kGated ? Vec<C>{} : activate<T, kAct>(h1).value;
     if (n < (kGated ? W : 2 * W)) {  // an infinite x times the zero weights of the other units is NaN
@@ -62,17 +69,27 @@ struct ScoreTile {
 // s of all live rows: scores [heads, rows].
 template <class T, class P, PoolAct kAct, bool kGated>
 void score(const AttentionPoolArgs& args, const void* packed, const Tap<P>& x, int64_t rows, const Parameters<T, P>& parameters,
-           Arithmetic<P>* sums, Arithmetic<P>* scores) {
+           T* const* kept, Arithmetic<P>* sums, Arithmetic<P>* scores) {
   using C = Arithmetic<P>;
   constexpr int W = kLanes<C>;
   const int64_t depth = panel_width<P>(args.width), padded = padded_hidden<P>(args), head_stride = round_up(rows, W) * W;
   memset(sums, 0, size_t(args.heads * head_stride) * sizeof(C));
   auto make = [&](int64_t block, int64_t row, const C* acc) {
     const int64_t unit = block * block_units<P>(args);
-    ScoreTile<T, C, kAct, kGated> tile{acc,        Product<P>::kRows * W, {},          parameters.query + unit, padded,
-                                       args.heads, sums + row * W,        head_stride, args.hidden - unit};
+    ScoreTile<T, C, kAct, kGated> tile{};
+    tile.acc = acc;
+    tile.half_stride = Product<P>::kRows * W;
     tile.bias[0] = load(parameters.bias + unit);
     tile.bias[1] = load(kGated ? parameters.gate_bias + unit : parameters.bias + unit + W);
+    tile.query = parameters.query + unit;
+    tile.query_stride = padded;
+    tile.heads = args.heads;
+    tile.sums = sums + row * W;
+    tile.head_stride = head_stride;
+    tile.kept = kept ? kept + row : nullptr;
+    tile.unit = unit;
+    tile.n = args.hidden - unit;
+    tile.hidden = args.hidden;
     return tile;
   };
   Product<P>::begin();
@@ -226,7 +243,7 @@ void forward_rows(const AttentionPoolArgs& args, const void* packed, const Block
   C* sums = scratch.take<C>(args.heads * stride * W);
   C* scores = scratch.take<C>(args.heads * stride);
   C* sum = scratch.take<C>(args.heads * (args.width + 2));
-  score<T, P, kAct, kGated>(args, packed, x, live.count, parameters, sums, scores);
+  score<T, P, kAct, kGated>(args, packed, x, live.count, parameters, live.kept, sums, scores);
   for (int64_t i = 0, begin = 0; i < chunks.count; begin = live.ends[i++])
     pool_chunk(args, chunks.data[i], live, begin, live.ends[i], scores, stride, sum);
 }

@@ -30,6 +30,7 @@ struct AttentionPoolArgs {
   void* scores;   // s, C, or null: sequence, head and row are score_row * in_row, head * score_head and the row apart
   void* weights;  // a, likewise, or null
   int64_t score_row, score_head;
+  void* kept;            // Wx + bias, then Vx + gate_bias: [in rows, hidden or 2 hidden], for backward; null: it computes them again
   const Block* chunks;   // all of them, in order; a chunk's place is where its partial result lies
   void* parts;           // C [chunks, heads, width + 2]: sum of e^(s - m) x, sum of e^(s - m), m
   const uint8_t* alone;  // per sequence: it has one chunk, which finishes it

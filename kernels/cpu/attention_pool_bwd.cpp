@@ -8,8 +8,8 @@
 //   dc_l  = du_l g act'(c)               dz_l = du_l A g (1 - g)            dh = [dc, dz]
 //   dbias = sum_l dc_l                   dgate_bias = sum_l dz_l            dW = sum_l dc_l x_l^T     dV = sum_l dz_l x_l^T
 //   dx_l  = sum_j a_jl dout_j + W^T dc_l + V^T dz_l
-// Saved by forward: s, its largest value and the sum of e^(s - largest), and out. c and z are computed again; dh exists for some units of
-// work at a time.
+// Saved by forward: s, its largest value and the sum of e^(s - largest), and out. c and V x + gate_bias are computed again, or were kept
+// too; dh exists for some units of work at a time.
 #include "attention_pool.h"
 #include "attention_pool_rows.h"
 
@@ -120,13 +120,16 @@ void score_gradients(const AttentionPoolArgs& args, const Blocks& chunks, const 
   }
 }
 
-// dh of one register tile: rows of one column block. Pointers are at the block's first unit, rows and sums included.
+// dh of one register tile: rows of one column block. Pointers are at the block's first unit, rows and sums included. The preactivations
+// come from the product's accumulators, or from what forward kept.
 template <class T, class P, PoolAct kAct, bool kGated>
 struct GradientTile {
   using C = Arithmetic<P>;
   const C* acc;
   int64_t half_stride;
   Vec<C> bias[2];
+  T* const* kept;  // at the tile's first row, or null
+  int64_t unit, hidden;
   const C* query;
   int64_t padded, heads;
   const C* ds;  // at the tile's first row
@@ -140,7 +143,14 @@ struct GradientTile {
 
   PYKERNELS_INLINE void row(int64_t r) const {
     constexpr int W = kLanes<C>;
-    const Vec<C> h0 = load(acc + r * W) + bias[0], h1 = load(acc + half_stride + r * W) + bias[1];
+    Vec<C> h0, h1;
+    if (kept) {
+      h0 = load_columns(kept[r] + unit, n);
+      h1 = kGated ? load_columns(kept[r] + hidden + unit, n) : n > W ? load_columns(kept[r] + unit + W, n - W) : Vec<C>{};
+    } else {
+      h0 = load(acc + r * W) + bias[0];
+      h1 = load(acc + half_stride + r * W) + bias[1];
+    }
     const Activated<Vec<C>> a0 = activate<T, kAct>(h0);
     const Activated<Vec<C>> a1 = kGated ? Activated<Vec<C>>{sigmoid_to<T>(h1), {}} : activate<T, kAct>(h1);
     const Vec<C> u0 = kGated ? a0.value * a1.value : a0.value;
@@ -173,7 +183,7 @@ struct GradientTile {
 
 template <class T, class P, PoolAct kAct, bool kGated>
 void gradient_rows(const AttentionPoolArgs& args, const void* packed, const Tap<P>& x, int64_t rows, const Parameters<T, P>& parameters,
-                   const Arithmetic<P>* ds, int64_t ds_stride, P* dh, Arithmetic<P>* sums) {
+                   T* const* kept, const Arithmetic<P>* ds, int64_t ds_stride, P* dh, Arithmetic<P>* sums) {
   using C = Arithmetic<P>;
   constexpr int W = kLanes<C>;
   const int64_t depth = panel_width<P>(args.width), padded = padded_hidden<P>(args);
@@ -184,6 +194,9 @@ void gradient_rows(const AttentionPoolArgs& args, const void* packed, const Tap<
     tile.half_stride = Product<P>::kRows * W;
     tile.bias[0] = load(parameters.bias + unit);
     tile.bias[1] = load(kGated ? parameters.gate_bias + unit : parameters.bias + unit + W);
+    tile.kept = kept ? kept + row : nullptr;
+    tile.unit = unit;
+    tile.hidden = args.hidden;
     tile.query = parameters.query + unit;
     tile.padded = padded;
     tile.heads = args.heads;
@@ -198,7 +211,14 @@ void gradient_rows(const AttentionPoolArgs& args, const void* packed, const Tap<
     tile.n = args.hidden - unit;
     return tile;
   };
-  for_each_tile(&x, 1, rows, depth, static_cast<const P*>(packed), tap_weights<P>(depth), 0, column_blocks<P>(args), make);
+  if (!kept) {
+    for_each_tile(&x, 1, rows, depth, static_cast<const P*>(packed), tap_weights<P>(depth), 0, column_blocks<P>(args), make);
+    return;
+  }
+  for (int64_t block = 0; block < column_blocks<P>(args); block++) {
+    const auto all = make(block, 0, nullptr);
+    for (int64_t r = 0; r < rows; r++) all.row(r);
+  }
 }
 
 // dx of one register tile: the product, and what the weighted sum passes back.
@@ -238,7 +258,8 @@ void backward_unit(const AttentionPoolArgs& args, const void* packed, const void
   Scratch scratch(memory);
   LiveRows<T> live(scratch, args, chunks);
   const Parameters<T, P> parameters(scratch, args);
-  const Tap<P> x = operand(scratch.take<P>(operand_elements<P>(args, chunks.rows)), live, args, chunks);
+  Tap<P> x{};
+  if (!live.kept) x = operand(scratch.take<P>(operand_elements<P>(args, chunks.rows)), live, args, chunks);
   C *a = scratch.take<C>(args.heads * chunks.rows), *ds = scratch.take<C>(args.heads * chunks.rows);
   const T** dout = scratch.take<const T*>(chunks.rows);
   T** dx = scratch.take<T*>(chunks.rows);
@@ -253,7 +274,7 @@ void backward_unit(const AttentionPoolArgs& args, const void* packed, const void
   for (int64_t r = live.count; r < round_up(live.count, Product<P>::kRowPad); r++)
     memset(dh + r * args.dh_row, 0, size_t(depth) * sizeof(P));
   Product<P>::begin();
-  gradient_rows<T, P, kAct, kGated>(args, packed, x, live.count, parameters, ds, chunks.rows, dh, static_cast<C*>(sums));
+  gradient_rows<T, P, kAct, kGated>(args, packed, x, live.count, parameters, live.kept, ds, chunks.rows, dh, static_cast<C*>(sums));
   if (args.dx) {
     for (int64_t i = 0, r = 0; i < chunks.count; i++) {
       const Sequence& sequence = args.sequences[chunks.data[i].sequence];

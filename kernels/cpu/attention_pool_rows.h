@@ -31,6 +31,7 @@ struct LiveRows {
   const T** rows;      // width elements each
   int64_t* positions;  // in their sequence
   int64_t* ends;       // of each chunk, counted in live rows
+  T** kept;            // their rows of args.kept, or null
   T* panel;            // for x whose rows are not contiguous
   int64_t count = 0;
 
@@ -38,6 +39,7 @@ struct LiveRows {
       : rows(scratch.take<const T*>(chunks.rows)),
         positions(scratch.take<int64_t>(chunks.rows)),
         ends(scratch.take<int64_t>(chunks.count)),
+        kept(args.kept ? scratch.take<T*>(chunks.rows) : nullptr),
         panel(args.x_column == 1 ? nullptr : scratch.take<T>(chunks.rows * args.width)) {
     T* next = panel;
     for (int64_t i = 0; i < chunks.count; i++) {
@@ -55,6 +57,7 @@ struct LiveRows {
       for (int64_t r = 0; r < chunk.rows; r++) {
         if (sequence.mask && !sequence.mask[chunk.first + r]) continue;
         rows[count] = first + r * stride;
+        if (kept) kept[count] = static_cast<T*>(args.kept) + (sequence.in_row + chunk.first + r) * halves(args) * args.hidden;
         positions[count++] = chunk.first + r;
       }
       ends[i] = count;
@@ -63,7 +66,7 @@ struct LiveRows {
 
   static int64_t bytes(const AttentionPoolArgs& args, int64_t rows, int64_t chunks) {
     return Scratch::bytes<const T*>(rows) + Scratch::bytes<int64_t>(rows) + Scratch::bytes<int64_t>(chunks) +
-           Scratch::bytes<T>(args.x_column == 1 ? 0 : rows * args.width);
+           Scratch::bytes<T*>(args.kept ? rows : 0) + Scratch::bytes<T>(args.x_column == 1 ? 0 : rows * args.width);
   }
 };
 
