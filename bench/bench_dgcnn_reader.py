@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pykernels import AttentionPool, GatedConv1d
+from pykernels import AttentionPool
 from pykernels.models import DGCNNReader, DGCNNReaderConfig
 from pykernels.models.dgcnn_reader import reader_loss
 from pykernels.models.radam import RAdam
@@ -22,11 +20,13 @@ from . import gate, peers
 from .harness import OURS, Bar, Call
 from .jobs import GateFailure, Job, Options, Result, Session
 from .machine import DTYPES
+from .model_baselines import EagerBlock, EagerPool, Step, autocast
 
 NAME = "DGCNN reader"
 REFERENCE = "ours, reference backend"
 B, L, QUESTION, D = 128, 256, 30, 128
 CONFIG = DGCNNReaderConfig(vocabulary_size=5000)
+Optimizer = partial(RAdam, lr=1e-4)
 TRUNK_BATCHES = (128, 10, 1)
 STEP_LIMIT = 0.2
 TRUNK_LIMITS = {128: 0.35, 10: 0.30, 1: 0.45}  # of OpenVINO's time in bf16
@@ -34,38 +34,6 @@ GEMMS = "six bare GEMMs"
 # Of a block, and of one pass of the whole network without its embeddings and heads.
 BLOCK_FLOPS = 2 * 3 * D * 2 * D
 FORWARD_FLOPS = B * (L * (6 * BLOCK_FLOPS + 2 * (2 * D) ** 2) + QUESTION * (3 * BLOCK_FLOPS + 2 * D * D))
-
-
-class EagerBlock(nn.Module):
-    """A block as it is written in plain PyTorch, with the weights of a GatedConv1d."""
-
-    def __init__(self, block: GatedConv1d) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(D, 2 * D, 3, padding="same", dilation=block.dilation)
-        self.conv.load_state_dict(block.state_dict())
-        self.gate_dropout = block.gate_dropout
-
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        live = None if mask is None else mask.unsqueeze(-1)
-        h = self.conv((x if live is None else x * live).transpose(1, 2)).transpose(1, 2)
-        c, z = h.chunk(2, -1)
-        g = torch.sigmoid(F.dropout(z, self.gate_dropout, self.training))
-        y = x * (1 - g) + c * g
-        return y if live is None else y * live
-
-
-class EagerPool(nn.Module):
-    """Attention pooling as it is written in plain PyTorch, with the weights of an AttentionPool."""
-
-    def __init__(self, pool: AttentionPool) -> None:
-        super().__init__()
-        self.weight, self.query = pool.weight, pool.query
-
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        scores = torch.tanh(F.linear(x, self.weight)) @ self.query
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        return torch.bmm(torch.softmax(scores, 1).unsqueeze(1), x).squeeze(1)
 
 
 def eager_copy(model: DGCNNReader) -> DGCNNReader:
@@ -89,24 +57,9 @@ def batch(rows: int, length: int, question: int) -> tuple[Tensor, ...]:
 
 def loss_of(model: nn.Module, inputs: tuple[Tensor, ...], dtype: str) -> Tensor:
     question, passage, question_words, passage_words, target = inputs
-    with torch.autocast("cpu", torch.bfloat16) if dtype == "bf16" else nullcontext():
+    with autocast(dtype):
         start, end = model(question, passage, question_words, passage_words)
     return reader_loss(start, end, target, target, passage)
-
-
-class Step:
-    """Forward, loss, backward, optimizer and average, all in the weights' float32 but what autocast takes."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
-        self.model, self.loss = model.train(), loss
-        self.optimizer = RAdam(model.parameters(), lr=1e-4)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
-
-    def __call__(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss(self.model).backward()
-        self.optimizer.step()
-        self.ema.update_parameters(self.model)
 
 
 def check_network(dtype: str) -> None:
@@ -144,11 +97,11 @@ def run_step(session: Session, result: Result) -> None:
     def loss(network: nn.Module) -> Tensor:
         return loss_of(network, inputs, dtype)
 
-    compiled = session.compiled(result, "training step", loss, lambda f: Step(eager_copy(model), f))
+    compiled = session.compiled(result, "training step", loss, lambda f: Step(eager_copy(model), f, Optimizer))
     variants: dict[str, Call | None] = {
-        OURS: Step(model, loss),
-        "eager": Step(eager, loss),
-        REFERENCE: Step(reference, loss),
+        OURS: Step(model, loss, Optimizer),
+        "eager": Step(eager, loss, Optimizer),
+        REFERENCE: Step(reference, loss, Optimizer),
         "torch.compile": compiled,
     }
     bars = [Bar(OURS, "eager", STEP_LIMIT)] if dtype == "bf16" and session.options.tier is None else []
@@ -243,6 +196,7 @@ def test_dgcnn_reader_step(benchmark, dtype: str, variant: str) -> None:
     check_network(dtype)
     torch.manual_seed(32)
     model, inputs = DGCNNReader(CONFIG), batch(B, L, QUESTION)
-    step = Step(model if variant == OURS else eager_copy(model), lambda network: loss_of(network, inputs, dtype))
+    loss = partial(loss_of, inputs=inputs, dtype=dtype)
+    step = Step(model if variant == OURS else eager_copy(model), loss, Optimizer)
     benchmark.group = f"DGCNN reader {dtype} training step"
     benchmark.pedantic(step, rounds=3, warmup_rounds=1)
