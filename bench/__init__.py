@@ -1,5 +1,6 @@
 """Benchmarks of pykernels, run from the repository root: ``python -m bench --help``, or ``pytest bench``.
 
-harness.py times, gate.py checks before anything is timed, machine.py describes the machine, report.py prints, and every
-bench_<operator>.py holds the cases of one operator. Nothing here is imported by the package.
+harness.py times, gate.py checks before anything is timed, machine.py describes the machine, report.py prints, peers.py
+runs other runtimes, breakdown.py tells where the time of a training step goes, and every bench_<name>.py holds the
+cases of one operator or model. Nothing here is imported by the package.
 """

@@ -22,9 +22,10 @@ BASELINE_CAPS = {
 
 EXAMPLES = """\
 examples:
-  python -m bench --quick                            the telling cases, 3 minutes on two fast cores
+  python -m bench --quick                            the telling cases, 4 minutes on two fast cores
   python -m bench                                    everything, 10 minutes and more
   python -m bench gated_conv --dtype bf16            one operator, one dtype
+  python -m bench dgcnn_extractor --quick --list     which cases these are
   python -m bench --threads 1 --case "B1 L512"       the cases with this text in their name, one thread
   python -m bench --json now.json --plot now.png     all numbers, and a picture
   python -m bench --tier avx2                        our AVX2 kernels, torch held to AVX2 as well
@@ -74,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", type=_dtypes, action="extend", metavar="D", help="fp32, bf16, fp16; several with commas")
     p.add_argument("--threads", type=_threads, metavar="N", help="default: torch's choice, within the cgroup's quota")
     p.add_argument("--case", metavar="TEXT", help="only cases whose name contains this")
+    p.add_argument("--list", action="store_true", help="print the cases that would be measured, and end")
     p.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     p.add_argument("--tier", choices=BASELINE_CAPS, help="our kernels of this tier, torch held to its instructions")
     p.add_argument("--json", type=_writable, metavar="F", help="write all numbers to this file")
@@ -122,6 +124,9 @@ def main(argv: Sequence[str]) -> int:
     todo = [job for job in jobs.collect(modules, options) if args.case is None or args.case in job.case]
     if not todo:
         p.error(f"--case: no case contains {args.case!r}")
+    if args.list:
+        print("\n".join(f"{job.operator}  {job.dtype}  {job.case}" for job in todo))
+        return 0
     for name in dict.fromkeys(job.dtype for job in todo):
         print(f"measuring the GEMM peak of {name}", file=sys.stderr, flush=True)
         here.peaks[name] = machine.gemm_peak(machine.DTYPES[name])

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pykernels import AttentionPool, GatedConv1d
+from pykernels import AttentionPool
 from pykernels.models import DGCNNReader, DGCNNReaderConfig
 from pykernels.models.dgcnn_reader import reader_loss
 from pykernels.models.radam import RAdam
@@ -22,50 +20,20 @@ from . import gate, peers
 from .harness import OURS, Bar, Call
 from .jobs import GateFailure, Job, Options, Result, Session
 from .machine import DTYPES
+from .model_baselines import EagerBlock, EagerPool, Step, autocast
 
 NAME = "DGCNN reader"
 REFERENCE = "ours, reference backend"
 B, L, QUESTION, D = 128, 256, 30, 128
 CONFIG = DGCNNReaderConfig(vocabulary_size=5000)
+Optimizer = partial(RAdam, lr=1e-4)
 TRUNK_BATCHES = (128, 10, 1)
 STEP_LIMIT = 0.2
 TRUNK_LIMITS = {128: 0.35, 10: 0.30, 1: 0.45}  # of OpenVINO's time in bf16
-OPENVINO, ONNX_RUNTIME, GEMMS = "OpenVINO", "ONNX Runtime", "six bare GEMMs"
+GEMMS = "six bare GEMMs"
 # Of a block, and of one pass of the whole network without its embeddings and heads.
 BLOCK_FLOPS = 2 * 3 * D * 2 * D
 FORWARD_FLOPS = B * (L * (6 * BLOCK_FLOPS + 2 * (2 * D) ** 2) + QUESTION * (3 * BLOCK_FLOPS + 2 * D * D))
-
-
-class EagerBlock(nn.Module):
-    """A block as it is written in plain PyTorch, with the weights of a GatedConv1d."""
-
-    def __init__(self, block: GatedConv1d) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(D, 2 * D, 3, padding="same", dilation=block.dilation)
-        self.conv.load_state_dict(block.state_dict())
-        self.gate_dropout = block.gate_dropout
-
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        live = None if mask is None else mask.unsqueeze(-1)
-        h = self.conv((x if live is None else x * live).transpose(1, 2)).transpose(1, 2)
-        c, z = h.chunk(2, -1)
-        g = torch.sigmoid(F.dropout(z, self.gate_dropout, self.training))
-        y = x * (1 - g) + c * g
-        return y if live is None else y * live
-
-
-class EagerPool(nn.Module):
-    """Attention pooling as it is written in plain PyTorch, with the weights of an AttentionPool."""
-
-    def __init__(self, pool: AttentionPool) -> None:
-        super().__init__()
-        self.weight, self.query = pool.weight, pool.query
-
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        scores = torch.tanh(F.linear(x, self.weight)) @ self.query
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        return torch.bmm(torch.softmax(scores, 1).unsqueeze(1), x).squeeze(1)
 
 
 def eager_copy(model: DGCNNReader) -> DGCNNReader:
@@ -89,24 +57,9 @@ def batch(rows: int, length: int, question: int) -> tuple[Tensor, ...]:
 
 def loss_of(model: nn.Module, inputs: tuple[Tensor, ...], dtype: str) -> Tensor:
     question, passage, question_words, passage_words, target = inputs
-    with torch.autocast("cpu", torch.bfloat16) if dtype == "bf16" else nullcontext():
+    with autocast(dtype):
         start, end = model(question, passage, question_words, passage_words)
     return reader_loss(start, end, target, target, passage)
-
-
-class Step:
-    """Forward, loss, backward, optimizer and average, all in the weights' float32 but what autocast takes."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
-        self.model, self.loss = model.train(), loss
-        self.optimizer = RAdam(model.parameters(), lr=1e-4)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
-
-    def __call__(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss(self.model).backward()
-        self.optimizer.step()
-        self.ema.update_parameters(self.model)
 
 
 def check_network(dtype: str) -> None:
@@ -144,11 +97,11 @@ def run_step(session: Session, result: Result) -> None:
     def loss(network: nn.Module) -> Tensor:
         return loss_of(network, inputs, dtype)
 
-    compiled = session.compiled(result, "training step", loss, lambda f: Step(eager_copy(model), f))
+    compiled = session.compiled(result, "training step", loss, lambda f: Step(eager_copy(model), f, Optimizer))
     variants: dict[str, Call | None] = {
-        OURS: Step(model, loss),
-        "eager": Step(eager, loss),
-        REFERENCE: Step(reference, loss),
+        OURS: Step(model, loss, Optimizer),
+        "eager": Step(eager, loss, Optimizer),
+        REFERENCE: Step(reference, loss, Optimizer),
         "torch.compile": compiled,
     }
     bars = [Bar(OURS, "eager", STEP_LIMIT)] if dtype == "bf16" and session.options.tier is None else []
@@ -171,23 +124,29 @@ class Trunk(nn.Module):
         return self.pool(x)
 
 
-def trunk_peers(trunk: Trunk, x: Tensor, exact: Tensor, session: Session, result: Result) -> dict[str, Call]:
+def open_peers(
+    trunk: Trunk, x: Tensor, exact: Tensor, session: Session, result: Result, opened: ExitStack
+) -> dict[str, Call]:
     """The other runtimes that are installed, in the precision of this case; each must come near the exact result."""
-    bf16 = result.dtype == "bf16"
-    makers: dict[str, Callable[[bytes], peers.Network]] = {
-        OPENVINO: lambda model: peers.openvino(model, x, session.options.threads, "bf16" if bf16 else "f32")
+    bf16, threads = result.dtype == "bf16", session.options.threads
+    makers: dict[str, Callable[[bytes], peers.Peer]] = {
+        peers.OPENVINO: lambda model: peers.openvino(model, x, threads, "bf16" if bf16 else "f32")
     }
     if not bf16:  # it computes in the model's own type, and the export is float32
-        makers[ONNX_RUNTIME] = lambda model: peers.onnx_runtime(model, x, session.options.threads)
-    modules = {OPENVINO: "openvino", ONNX_RUNTIME: "onnxruntime"}
-    missing = [name for name in makers if not peers.installed(modules[name]) or not peers.installed("onnxscript")]
+        makers[peers.ONNX_RUNTIME] = lambda model: peers.onnx_runtime(model, x, threads)
+    missing = [name for name in makers if not peers.installed(name)]
     if missing:
         result.notes.append(f"not measured, not installed (pip install '.[peers]'): {', '.join(missing)}")
     found: dict[str, Call] = {}
     for name in (name for name in makers if name not in missing):
         session.tick(f"exporting for {name}")
-        found[name] = call = makers[name](peers.export(trunk, x))
-        error, largest = (call().double() - exact).abs().max().item(), exact.abs().max().item()
+        try:
+            peer = opened.enter_context(makers[name](peers.export(trunk, x)))
+        except peers.PeerError as failure:
+            result.notes.append(f"not measured: {failure}")
+            continue
+        found[name] = peer
+        error, largest = (peer().double() - exact).abs().max().item(), exact.abs().max().item()
         if error > (0.1 if bf16 else 1e-3) * largest:
             raise GateFailure(f"{name}: error {error:.3g} of values up to {largest:.3g}")
     return found
@@ -201,9 +160,9 @@ def run_trunk(rows: int, session: Session, result: Result) -> None:
     x = torch.randn(rows, L, D, generator=torch.Generator().manual_seed(34))
     factors = torch.randn(rows * L, 3 * D), torch.randn(3 * D, 2 * D)
     dtype = DTYPES[result.dtype]
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as opened:
         exact = {"y": copy.deepcopy(eager).double().eval()(x.double())}
-        others = trunk_peers(copy.deepcopy(eager).eval(), x, exact["y"], session, result)
+        others = open_peers(copy.deepcopy(eager).eval(), x, exact["y"], session, result, opened)
         ours, eager, x = ours.to(dtype).eval(), copy.deepcopy(eager).to(dtype).eval(), x.to(dtype)
         if failure := gate.compare({"y": ours(x)}, {"y": eager(x)}, exact, {"y": 6 * 3 * D}):
             raise GateFailure(failure)
@@ -215,7 +174,8 @@ def run_trunk(rows: int, session: Session, result: Result) -> None:
             **others,
             GEMMS: lambda: [a @ b for _ in range(6)],
         }
-        bars = [Bar(OURS, OPENVINO, TRUNK_LIMITS[rows])] if result.dtype == "bf16" and not session.options.tier else []
+        limited = result.dtype == "bf16" and not session.options.tier
+        bars = [Bar(OURS, peers.OPENVINO, TRUNK_LIMITS[rows])] if limited else []
         session.group(result, "forward", variants, bars, rows * L * (6 * BLOCK_FLOPS + 2 * D * D))
 
 
@@ -236,6 +196,7 @@ def test_dgcnn_reader_step(benchmark, dtype: str, variant: str) -> None:
     check_network(dtype)
     torch.manual_seed(32)
     model, inputs = DGCNNReader(CONFIG), batch(B, L, QUESTION)
-    step = Step(model if variant == OURS else eager_copy(model), lambda network: loss_of(network, inputs, dtype))
+    loss = partial(loss_of, inputs=inputs, dtype=dtype)
+    step = Step(model if variant == OURS else eager_copy(model), loss, Optimizer)
     benchmark.group = f"DGCNN reader {dtype} training step"
     benchmark.pedantic(step, rounds=3, warmup_rounds=1)

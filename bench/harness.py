@@ -7,6 +7,9 @@ twice: the ratio of its two entries is the A/A noise, and nothing smaller than t
 A sample is disturbed when the time it lost to others exceeds LOSS_ALLOWED of its length: what its threads waited for a
 processor after involuntary context switches, and the steal time of the virtual machine. Disturbed samples are dropped
 and counted; a timing with more than MAX_DISTURBED of them supports no verdict.
+
+A variant with threads of its own, another runtime, is Remote: they live in another process, which takes the samples,
+and no sample begins before the threads of the other process sleep.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import os
 import resource
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -30,8 +34,30 @@ SLICE_SECONDS = 0.003
 # A call shorter than this is repeated once untimed, so that reading the counters does not leave it with cold caches.
 WARM_BELOW_SECONDS = 0.005
 SLOW_SAMPLES = 3
+# Threads that take less of a nap's length than the share are asleep; they are waited for no longer than the limit.
+NAP_SECONDS, NAP_SHARE, NAP_LIMIT = 0.002, 0.05, 1.0
 
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds that some calls took together, and what their threads lost to others meanwhile."""
+
+    elapsed: float
+    lost: float
+
+
+class Remote(ABC):
+    """A variant that runs in a process of its own, whose threads sleep when a call returns."""
+
+    @abstractmethod
+    def __call__(self) -> object:
+        """One call, for its result."""
+
+    @abstractmethod
+    def sample(self, inner: int, warm: bool) -> Sample:
+        """What `sample` returns, taken in that process."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +82,11 @@ class Timing:
     rounds: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     disturbed: list[bool] = field(default_factory=list)
+
+    def add(self, index: int, taken: Sample) -> None:
+        self.rounds.append(index)
+        self.seconds.append(taken.elapsed / self.inner)
+        self.disturbed.append(taken.lost > LOSS_ALLOWED * taken.elapsed)
 
     @property
     def kept(self) -> dict[int, float]:
@@ -193,21 +224,36 @@ def _elapsed(call: Call, inner: int) -> float:
     return time.perf_counter() - start
 
 
-def _sample(call: Call, warm: bool, timing: Timing, index: int) -> None:
+def sample(call: Call, inner: int, warm: bool) -> Sample:
+    """Time ``inner`` calls, with ``warm`` after an untimed one."""
     lost = _waited_seconds() + _stolen_seconds()
     if warm:
         call()
-    elapsed = _elapsed(call, timing.inner)
-    lost = _waited_seconds() + _stolen_seconds() - lost
-    timing.rounds.append(index)
-    timing.seconds.append(elapsed / timing.inner)
-    timing.disturbed.append(lost > LOSS_ALLOWED * elapsed)
+    elapsed = _elapsed(call, inner)
+    return Sample(elapsed, _waited_seconds() + _stolen_seconds() - lost)
+
+
+def fall_asleep() -> None:
+    """Wait until no thread of this process runs: those of a pool spin for a while after their work."""
+    limit = time.perf_counter() + NAP_LIMIT
+    spent = math.inf
+    while spent > NAP_SHARE * NAP_SECONDS and time.perf_counter() < limit:
+        before = time.process_time()
+        time.sleep(NAP_SECONDS)
+        spent = time.process_time() - before
+
+
+def _sample(call: Call, inner: int, warm: bool) -> Sample:
+    if not isinstance(call, Remote):
+        return sample(call, inner, warm)
+    fall_asleep()
+    return call.sample(inner, warm)
 
 
 def _estimate(call: Call) -> float:
     """Seconds of one warm call. Long calls are not repeated: their first call is near enough to plan with."""
-    first = _elapsed(call, 1)
-    return first if first > 0.5 else min(first, _elapsed(call, 1), _elapsed(call, 1))
+    first = _sample(call, 1, False).elapsed
+    return first if first > 0.5 else min(first, *(_sample(call, 1, False).elapsed for _ in range(2)))
 
 
 def measure(variants: Mapping[str, Call], effort: Effort, tick: Callable[[], None] = lambda: None) -> Measurement:
@@ -239,7 +285,8 @@ def measure(variants: Mapping[str, Call], effort: Effort, tick: Callable[[], Non
             for name in names[turn:] + names[:turn]:
                 if name in slow and index not in slow_rounds:
                     continue
-                _sample(calls[name], estimates[name] < WARM_BELOW_SECONDS, timings[name], index)
+                taken = _sample(calls[name], inner[name], estimates[name] < WARM_BELOW_SECONDS)
+                timings[name].add(index, taken)
             tick()
     finally:
         if collecting:

@@ -1,7 +1,8 @@
 """Other runtimes of the same network, for inference: ONNX Runtime and OpenVINO, where they are installed.
 
 The network is exported once (an export holds PyTorch's plain operators, whatever the backend) and compiled for one
-shape. Threads are bound to those of the run, one inference at a time, since each runtime has a pool of its own.
+shape. Each runtime has a thread pool of its own, as wide as the run's threads, in a process of its own: its threads
+spin after an inference, as they do in use, and sleep before anything else is timed.
 """
 
 from __future__ import annotations
@@ -9,17 +10,31 @@ from __future__ import annotations
 import importlib.util
 import io
 import logging
+import multiprocessing
+import signal
 import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Network = Callable[[], Tensor]
+from . import peer_process
+from .harness import Remote, Sample
+
+ONNX_RUNTIME, OPENVINO = "ONNX Runtime", "OpenVINO"
+PACKAGES = {ONNX_RUNTIME: ("onnxscript", "onnxruntime"), OPENVINO: ("onnxscript", "openvino")}
+ANSWER_SECONDS = 300
+
+
+class PeerError(Exception):
+    """A peer failed or died; the message names it."""
 
 
 def installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    """Whether this peer has what it needs, the export to it included."""
+    return all(importlib.util.find_spec(package) is not None for package in PACKAGES[name])
 
 
 def export(module: nn.Module, x: Tensor) -> bytes:
@@ -38,41 +53,71 @@ def export(module: nn.Module, x: Tensor) -> bytes:
     return written.getvalue()
 
 
-def onnx_runtime(model: bytes, x: Tensor, threads: int) -> Network:
-    """One inference of the exported model by ONNX Runtime.
+class Peer(Remote):
+    """A network in a process of its own; close it, or use it as a context manager.
 
-    Its threads sleep between inferences: by default they spin for a while, on the processors of whoever is next.
+    build: makes the network there, and can be pickled; see peer_process.py. Raises PeerError, here and in every call,
+    for what goes wrong in that process, for its end, and when it does not answer within ANSWER_SECONDS.
     """
-    import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    inputs = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: torch.from_numpy(session.run(None, inputs)[0])
+    def __init__(self, name: str, build: Callable[[], Callable[[], Any]]) -> None:
+        self.name = name
+        # Spawned, since a fork would copy locks that torch's threads may hold.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=peer_process.serve, args=(theirs, build), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the pipe ends when the process does
+        self._answer()
+
+    def _ask(self, request: tuple[int, bool] | None) -> Any:
+        try:
+            self._pipe.send(request)
+        except OSError:
+            raise PeerError(self._ended()) from None
+        return self._answer()
+
+    def _answer(self) -> Any:
+        if not self._pipe.poll(ANSWER_SECONDS):
+            self.close()
+            raise PeerError(f"{self.name}: no answer from its process in {ANSWER_SECONDS} s")
+        try:
+            value, error = self._pipe.recv()
+        except (EOFError, OSError):
+            raise PeerError(self._ended()) from None
+        if error is not None:
+            self.close()
+            raise PeerError(f"{self.name}: {error}")
+        return value
+
+    def _ended(self) -> str:
+        self.process.join()
+        code = self.process.exitcode or 0
+        return f"{self.name}: its process ended with {signal.Signals(-code).name if code < 0 else f'status {code}'}"
+
+    def __call__(self) -> Tensor:
+        return torch.from_numpy(self._ask(None))
+
+    def sample(self, inner: int, warm: bool) -> Sample:
+        return self._ask((inner, warm))
+
+    def close(self) -> None:
+        self._pipe.close()
+        self.process.kill()
+        self.process.join()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def openvino(model: bytes, x: Tensor, threads: int, precision: str) -> Network:
-    """One inference by OpenVINO. precision: "f32" or "bf16", what it may compute in; x and the result are float32."""
-    import openvino as ov
+def onnx_runtime(model: bytes, x: Tensor, threads: int) -> Peer:
+    """The exported model in ONNX Runtime, which computes in the model's own dtype."""
+    return Peer(ONNX_RUNTIME, partial(peer_process.onnx_runtime, model, x.numpy(), threads))
 
-    core = ov.Core()
-    compiled = core.compile_model(
-        core.read_model(model),
-        "CPU",
-        {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-        },
-    )
-    request = compiled.create_infer_request()
-    request.set_input_tensor(ov.Tensor(x.numpy()))
 
-    def run() -> Tensor:
-        request.infer()
-        return torch.from_numpy(request.get_output_tensor().data)
-
-    return run
+def openvino(model: bytes, x: Tensor, threads: int, precision: str) -> Peer:
+    """The exported model in OpenVINO. precision: "f32" or "bf16", what it may compute in; x, result are float32."""
+    return Peer(OPENVINO, partial(peer_process.openvino, model, x.numpy(), threads, precision))
