@@ -8,6 +8,16 @@ from ._backend import set_backend
 from .attention_pool import AttentionPool, attention_pool
 from .gated_conv import GatedConv1d, gated_conv1d
 from .gated_conv_step import gated_conv1d_step
+from .lora_linear import lora_linear, lora_linear_multi
 
 __version__ = "0.1.0"
-__all__ = ["AttentionPool", "GatedConv1d", "attention_pool", "gated_conv1d", "gated_conv1d_step", "set_backend"]
+__all__ = [
+    "AttentionPool",
+    "GatedConv1d",
+    "attention_pool",
+    "gated_conv1d",
+    "gated_conv1d_step",
+    "lora_linear",
+    "lora_linear_multi",
+    "set_backend",
+]

@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from ._extension import _C
+
 _WORD = 0xFFFFFFFF
 
 
@@ -73,3 +75,20 @@ def dropout_factors(draws: Tensor, dropout: float) -> Tensor:
 def uniform_noise(draws: Tensor, amplitude: float) -> Tensor:
     """Uniform noise in (-amplitude, amplitude), symmetric about 0. draws int -> float32."""
     return ((2 * draws + 1).to(torch.float32) / 65536 - 1) * amplitude
+
+
+def seed_tensor(seed: int | Tensor | None) -> Tensor:
+    """The seed of a call, 0-d int64: the user's, or a draw from PyTorch's default generator."""
+    if seed is None:
+        if _C is not None:
+            return torch.ops.pykernels._seed.default()
+        return torch.empty((), dtype=torch.int64).random_(-(2**63), None)  # the same draw from the same generator
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise TypeError(f"seed: expected an int or a 0-d int64 tensor, got {seed.dim()}-d {seed.dtype}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+        raise TypeError(f"seed: expected an int or a 0-d int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected 64 bits, got {seed}")
+    return torch.tensor(seed if seed < 2**63 else seed - 2**64)

@@ -36,10 +36,9 @@ PYKERNELS_INLINE void store_words(uint16_t* draws, vuint c0, vuint c1, vuint c2,
   }
 }
 
-// draws[8 * i + j], j = 0..7: the eight 16-bit draws of counter (first + i, stream, step), i in [0, calls), in the order of a little-endian
-// memory. Writes kDrawsPadding more at most.
-constexpr int64_t kDrawsPadding = 8 * (kLanes<float> - 1);
-void philox_draws(uint16_t* draws, uint64_t seed, uint64_t first, int64_t calls, uint32_t stream, uint32_t step) {
+// Calls use(done, c0, c1, c2, c3) with the words of counters (first + done + lane, stream, step), for done = 0, W, ... below calls.
+template <class Use>
+PYKERNELS_INLINE void philox_words(uint64_t seed, uint64_t first, int64_t calls, uint32_t stream, uint32_t step, Use use) {
   constexpr int W = kLanes<float>;
   vuint lane;
   for (int i = 0; i < W; i++) lane[i] = uint32_t(i);
@@ -61,8 +60,48 @@ void philox_draws(uint16_t* draws, uint64_t seed, uint64_t first, int64_t calls,
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    store_words(draws + 8 * done, c0, c1, c2, c3);
+    use(done, c0, c1, c2, c3);
   }
+}
+
+// draws[8 * i + j], j = 0..7: the eight 16-bit draws of counter (first + i, stream, step), i in [0, calls), in the order of a little-endian
+// memory. Writes kDrawsPadding more at most.
+constexpr int64_t kDrawsPadding = 8 * (kLanes<float> - 1);
+inline void philox_draws(uint16_t* draws, uint64_t seed, uint64_t first, int64_t calls, uint32_t stream, uint32_t step) {
+  philox_words(seed, first, calls, stream, step,
+               [&](int64_t done, vuint c0, vuint c1, vuint c2, vuint c3) { store_words(draws + 8 * done, c0, c1, c2, c3); });
+}
+
+// Bit j of bytes[i]: draw j of counter (first + i, stream, step) is below the threshold, so that dropout keeps the element.
+inline void philox_keep_bits(uint8_t* bytes, uint64_t seed, uint64_t first, int64_t calls, uint32_t threshold, uint32_t stream,
+                             uint32_t step) {
+  philox_words(seed, first, calls, stream, step, [&](int64_t done, vuint c0, vuint c1, vuint c2, vuint c3) {
+    const vuint words[4] = {c0, c1, c2, c3};
+    vuint kept{};
+    for (uint32_t w = 0; w < 4; w++) {
+      kept |= (words[w] & 0xffffu) < threshold ? vuint{} + (1u << 2 * w) : vuint{};
+      kept |= (words[w] >> 16) < threshold ? vuint{} + (2u << 2 * w) : vuint{};
+    }
+    const auto narrow = __builtin_convertvector(kept, VecOf<uint8_t, kLanes<float>>::type);
+    memcpy(bytes + done, &narrow, size_t(min<int64_t>(kLanes<float>, calls - done)));
+  });
+}
+
+// v where the bit of its column is set, else zeros. bits is a row's first byte; column is a multiple of the lanes. May read one byte more
+// than there are columns.
+template <class C>
+PYKERNELS_INLINE Vec<C> keep_columns(Vec<C> v, const uint8_t* bits, int64_t column) {
+  constexpr int W = kLanes<C>;
+  using Lanes = typename ShuffleIndex<Vec<C>>::type;
+  uint16_t word = bits[column / 8];
+  if constexpr (W > 8) {
+    memcpy(&word, bits + column / 8, sizeof word);
+  } else {
+    word >>= column % 8;
+  }
+  Lanes bit;
+  for (int i = 0; i < W; i++) bit[i] = 1 << i;
+  return ((Lanes{} + word) & bit) != 0 ? v : Vec<C>{};
 }
 
 }  // namespace
