@@ -16,12 +16,13 @@ namespace {
 void shrink(const LoraLinearCall& call) {
   const LoraLinearArgs& args = call.args;
   if (args.rank == 0 && !args.keep) return;
+  const auto shrink_rows = [&](int64_t first, int64_t count) {
+    if (args.keep) call.kernels->keep_bits(args, first, count);
+    call.kernels->shrink(args, first, count);
+  };
+  if (args.rows <= call.kernels->few_rows) return shrink_rows(0, args.rows);  // no thread is worth waking
   const Work work = call.low_rank_work();
-  parallel_items(work.size(), 0, [&](int64_t item, void*) {
-    const Block& block = work[item].data[0];
-    if (args.keep) call.kernels->keep_bits(args, block.first, block.rows);
-    call.kernels->shrink(args, block.first, block.rows);
-  });
+  parallel_items(work.size(), 0, [&](int64_t item, void*) { shrink_rows(work[item].data[0].first, work[item].data[0].rows); });
 }
 
 void lora_linear_forward(LoraLinearCall& call) {

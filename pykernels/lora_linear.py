@@ -156,9 +156,11 @@ def _differentiable_gradients(dy: Tensor, tensors: list[Any], form: Any, needs: 
 
 def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, backend: str | None) -> Tensor:
     """Autocast, random bits, choice of the backend. `tensors` ends with the user's seed."""
-    x = tensors[0]
-    for name, t in zip(("x", "weight", "lora_a", "lora_b"), tensors, strict=False):
-        check_tensor(name, t)
+    x, weight, lora_a, lora_b = tensors[:4]
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    check_tensor("lora_a", lora_a)
+    check_tensor("lora_b", lora_b)
     device = "cpu" if x.is_cpu else x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -168,12 +170,14 @@ def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, 
     if not isinstance(scale, float):
         check_float("scale", scale)
         scale = float(scale)
-    check_dropout("dropout", dropout)
+    if dropout != 0.0:
+        check_dropout("dropout", dropout)
     if training and dropout:
+        form = (scale, float(dropout))
         tensors = (*tensors[:-1], random_bits.seed_tensor(tensors[-1]))
     else:
-        dropout, tensors = 0.0, (*tensors[:-1], None)
-    form = (scale, float(dropout))
+        form = (scale, 0.0)
+        tensors = (*tensors[:-1], None)
 
     # An exported model holds PyTorch's own operators only.
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
