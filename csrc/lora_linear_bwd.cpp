@@ -72,10 +72,44 @@ void weight_gradient(const LoraLinearCall& call, void* dweight) {
                                 }};
   const int64_t partials = partial_sums(gradient, work.size());
   const at::Tensor buffer = at::empty({partials * gradient.partial_bytes}, at::kByte);
+  if (args.rows == 0) buffer.zero_();
   run_weight_gradient(gradient, work, k.backward_weight_scratch(args, work.max_rows()), partials, false, buffer.mutable_data_ptr());
   parallel_items((args.out + kReduceRows - 1) / kReduceRows, 0, [&](int64_t item, void*) {
     k.reduce_weight(args, buffer.const_data_ptr(), partials, dweight, item * kReduceRows, std::min(args.out, (item + 1) * kReduceRows));
   });
+}
+
+void check_incoming(const LoraLinearCall& call, const at::Tensor& x, const at::Tensor& dy, const at::Tensor& s, const at::Tensor& keep) {
+  const LoraLinearArgs& args = call.args;
+  check_shape("dy", dy, call.out_shape);
+  TORCH_CHECK_TYPE(dy.scalar_type() == x.scalar_type(), "dy: expected ", x.scalar_type(), " like x, got ", dy.scalar_type());
+  TORCH_CHECK_VALUE(s.sizes() == at::IntArrayRef({args.rows, args.rank}) && s.scalar_type() == call.sum_type && s.is_contiguous(),
+                    "s: expected what _lora_linear_fwd returned, got ", s.scalar_type(), " ", s.sizes());
+  TORCH_CHECK_VALUE(keep.numel() == call.keep_bytes() && keep.scalar_type() == at::kByte && keep.is_contiguous(),
+                    "keep: expected what _lora_linear_fwd returned, got ", keep.scalar_type(), " ", keep.sizes());
+}
+
+at::Tensor gradient(bool needed, const OptionalTensor& like, const at::Tensor& x) {
+  return at::empty(needed && like ? like->sizes() : at::IntArrayRef({0}),
+                   (like ? like->options() : x.options()).memory_format(at::MemoryFormat::Contiguous));
+}
+
+// Gradients of one projection; that of x is written to dx, or added to it.
+void run(LoraLinearCall& call, const at::Tensor& dy, const at::Tensor& s, const at::Tensor& keep, const at::Tensor& dx, bool add_to_dx,
+         const at::Tensor& dweight, const at::Tensor& da, const at::Tensor& db, const at::Tensor& dbias) {
+  LoraLinearArgs& args = call.args;
+  const at::Tensor dy_rows = rows_of(dy, args.out);
+  at::Tensor ds = at::empty({dx.numel() || da.numel() ? args.rows : 0, args.rank}, s.options());
+  args.dy = dy_rows.const_data_ptr();
+  args.dy_row = dy_rows.stride(0);
+  args.s = s.numel() ? const_cast<void*>(s.const_data_ptr()) : nullptr;
+  args.ds = pointer(ds);
+  args.dx = pointer(dx);
+  args.add_to_dx = add_to_dx;
+  if (keep.numel()) args.keep = const_cast<uint8_t*>(keep.const_data_ptr<uint8_t>());
+  adapter_gradients(call, pointer(da), pointer(db), pointer(dbias));
+  if (dweight.numel()) weight_gradient(call, pointer(dweight));
+  if (args.dx) input_gradient(call, dy_rows);
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -85,37 +119,43 @@ Gradients lora_linear_bwd(const at::Tensor& dy, const at::Tensor& x, const at::T
                           const OptionalTensor& adapter_index, const OptionalTensor& seed, const at::Tensor& s, const at::Tensor& keep,
                           double scale, double dropout, std::array<bool, 5> needs) {
   LoraLinearCall call({x, weight, lora_a, lora_b, bias, scales, adapter_index, seed, scale, dropout});
-  LoraLinearArgs& args = call.args;
-  check_shape("dy", dy, call.out_shape);
-  TORCH_CHECK_TYPE(dy.scalar_type() == x.scalar_type(), "dy: expected ", x.scalar_type(), " like x, got ", dy.scalar_type());
-  TORCH_CHECK_VALUE(s.sizes() == at::IntArrayRef({args.rows, args.rank}) && s.scalar_type() == call.sum_type && s.is_contiguous(),
-                    "s: expected what _lora_linear_fwd returned, got ", s.scalar_type(), " ", s.sizes());
-  TORCH_CHECK_VALUE(keep.numel() == call.keep_bytes() && keep.scalar_type() == at::kByte && keep.is_contiguous(),
-                    "keep: expected what _lora_linear_fwd returned, got ", keep.scalar_type(), " ", keep.sizes());
-
-  const auto gradient = [&](bool needed, const OptionalTensor& like) {
-    return at::empty(needed && like ? like->sizes() : at::IntArrayRef({0}),
-                     like ? like->options().memory_format(at::MemoryFormat::Contiguous) : x.options());
-  };
-  const Gradients gradients{gradient(needs[0], x), gradient(needs[1], weight), gradient(needs[2], lora_a), gradient(needs[3], lora_b),
-                            gradient(needs[4], bias)};
+  check_incoming(call, x, dy, s, keep);
+  const Gradients gradients{gradient(needs[0], x, x), gradient(needs[1], weight, x), gradient(needs[2], lora_a, x),
+                            gradient(needs[3], lora_b, x), gradient(needs[4], bias, x)};
   const auto& [dx, dweight, da, db, dbias] = gradients;
-  const at::Tensor dy_rows = rows_of(dy, args.out);
-  at::Tensor ds = at::empty({needs[0] || needs[2] ? args.rows : 0, args.rank}, s.options());
-  args.dy = dy_rows.const_data_ptr();
-  args.dy_row = dy_rows.stride(0);
-  args.s = s.numel() ? const_cast<void*>(s.const_data_ptr()) : nullptr;
-  args.ds = pointer(ds);
-  args.dx = pointer(dx);
-  if (keep.numel()) args.keep = const_cast<uint8_t*>(keep.const_data_ptr<uint8_t>());
-  adapter_gradients(call, pointer(da), pointer(db), pointer(dbias));
-  if (dweight.numel()) weight_gradient(call, pointer(dweight));
-  if (args.dx) input_gradient(call, dy_rows);
+  run(call, dy, s, keep, dx, false, dweight, da, db, dbias);
+  return gradients;
+}
+
+std::vector<at::Tensor> lora_linear_stacked_bwd(const OptionalTensors& dys, const at::Tensor& x, at::TensorList weights,
+                                                at::TensorList lora_a, at::TensorList lora_b, const OptionalTensors& biases,
+                                                const OptionalTensor& seed, at::TensorList saved, at::ArrayRef<double> scales,
+                                                double dropout, const c10::List<bool>& needs) {
+  constexpr size_t kEach = 4;  // dweight, dlora_a, dlora_b, dbias
+  auto calls = stacked_calls({x, weights, lora_a, lora_b, biases, seed, scales, dropout});
+  TORCH_CHECK_VALUE(dys.size() == calls.size() && saved.size() == 2 * calls.size() && needs.size() == 1 + kEach * calls.size(),
+                    "dys, saved, needs: expected ", calls.size(), ", ", 2 * calls.size(), " and ", 1 + kEach * calls.size(), " of them");
+  std::vector<at::Tensor> gradients{gradient(needs.get(0), x, x)};
+  bool written = false;
+  for (size_t i = 0; i < calls.size(); i++) {
+    const OptionalTensor dy = dys.get(i), bias = biases.get(i);
+    const auto of = [&](size_t j, const OptionalTensor& like) { return gradient(needs.get(1 + kEach * i + j) && dy, like, x); };
+    gradients.insert(gradients.end(), {of(0, weights[i]), of(1, lora_a[i]), of(2, lora_b[i]), of(3, bias)});
+    if (!dy) continue;
+    check_incoming(calls[i], x, *dy, saved[2 * i], saved[2 * i + 1]);
+    const at::Tensor* own = &gradients[1 + kEach * i];
+    run(calls[i], *dy, saved[2 * i], saved[2 * i + 1], gradients[0], written, own[0], own[1], own[2], own[3]);
+    written = true;
+  }
+  if (!written) gradients[0].zero_();
   return gradients;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pykernels, CPU, m) { m.impl("_lora_linear_bwd", &lora_linear_bwd); }
+TORCH_LIBRARY_IMPL(pykernels, CPU, m) {
+  m.impl("_lora_linear_bwd", &lora_linear_bwd);
+  m.impl("_lora_linear_stacked_bwd", &lora_linear_stacked_bwd);
+}
 
 }  // namespace pykernels

@@ -11,7 +11,8 @@
 
 namespace pykernels {
 
-LoraLinearCall::LoraLinearCall(const LoraLinearInputs& in) {
+LoraLinearCall::LoraLinearCall(const LoraLinearInputs& in, uint32_t stream) {
+  args.stream = stream;
   check_shapes(in);
   const Dtype dtype = dtype_of(in.x);
   sum_type = dtype == Dtype::float64 ? at::kDouble : at::kFloat;
@@ -158,6 +159,23 @@ at::Tensor spread_rows(const at::Tensor& rows) {
   if (rows.stride(0) * size % kBytes) return rows;
   at::Tensor spread = at::empty({rows.size(0), rows.size(1) + kLine / size}, rows.options()).narrow(1, 0, rows.size(1));
   return spread.copy_(rows);
+}
+
+std::vector<LoraLinearCall> stacked_calls(const StackedInputs& in) {
+  const size_t count = in.weights.size();
+  TORCH_CHECK_VALUE(in.lora_a.size() == count && in.lora_b.size() == count && in.biases.size() == count && in.scales.size() == count,
+                    "weights, lora_a, lora_b, bias, scale: expected as many of each, got ", count, ", ", in.lora_a.size(), ", ",
+                    in.lora_b.size(), ", ", in.biases.size(), " and ", in.scales.size());
+  const OptionalTensor none;
+  std::vector<LoraLinearCall> calls;
+  calls.reserve(count);  // args of a call point into it
+  for (size_t i = 0; i < count; i++) {
+    const OptionalTensor bias = in.biases.get(i);
+    calls.emplace_back(
+        LoraLinearInputs{in.x, in.weights[i], in.lora_a[i], in.lora_b[i], bias, none, none, in.seed, in.scales[i], in.dropout},
+        static_cast<uint32_t>(i));
+  }
+  return calls;
 }
 
 at::Tensor rows_of(const at::Tensor& t, int64_t columns) {

@@ -1,6 +1,7 @@
 // One call of lora_linear: its arguments checked, and seen as the CPU kernels see them. Shared by forward and backward.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <functional>
@@ -19,10 +20,22 @@ struct LoraLinearInputs {
   double scale, dropout;
 };
 
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+// Those of several projections of one x.
+struct StackedInputs {
+  const at::Tensor& x;
+  at::TensorList weights, lora_a, lora_b;
+  const OptionalTensors& biases;
+  const OptionalTensor& seed;
+  at::ArrayRef<double> scales;
+  double dropout;
+};
+
 class LoraLinearCall {
  public:
-  // Throws TypeError / ValueError with the argument's name, what was wanted and what came.
-  explicit LoraLinearCall(const LoraLinearInputs& inputs);
+  // Throws TypeError / ValueError with the argument's name, what was wanted and what came. stream: of the random bits.
+  explicit LoraLinearCall(const LoraLinearInputs& inputs, uint32_t stream = 0);
 
   int64_t keep_bytes() const { return args.keep_threshold ? args.rows * args.keep_row + 1 : 0; }
   // Units of so many rows for the low-rank passes: their sums depend on it, and it depends on sizes alone.
@@ -45,6 +58,9 @@ class LoraLinearCall {
   std::vector<at::Tensor> keep_;  // what args points into
   std::vector<double> scales_;
 };
+
+// A call for each projection; number i has stream i of the random bits.
+std::vector<LoraLinearCall> stacked_calls(const StackedInputs& inputs);
 
 // A tensor's rows [rows, columns] with adjacent columns: a view where there is one.
 at::Tensor rows_of(const at::Tensor& t, int64_t columns);

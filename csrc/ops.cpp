@@ -53,4 +53,12 @@ TORCH_LIBRARY(pykernels, m) {
       "_lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? scales, "
       "Tensor? adapter_index, Tensor? seed, Tensor s, Tensor keep, float scale, float dropout, bool[5] needs) "
       "-> (Tensor dx, Tensor dweight, Tensor dlora_a, Tensor dlora_b, Tensor dbias)");
+
+  // Several projections of one x: y, s and keep of each; dx, then dweight, dlora_a, dlora_b, dbias of each. saved: s and keep of each.
+  m.def(
+      "_lora_linear_stacked_fwd(Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] biases, Tensor? seed, "
+      "float[] scales, float dropout) -> Tensor[]");
+  m.def(
+      "_lora_linear_stacked_bwd(Tensor?[] dys, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] biases, "
+      "Tensor? seed, Tensor[] saved, float[] scales, float dropout, bool[] needs) -> Tensor[]");
 }

@@ -5,6 +5,7 @@ backend and shape inference. Checks that must look at data are left out while Py
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -348,3 +349,24 @@ def check_adapter_index(index: Tensor, leading: Sequence[int], adapters: int) ->
     if has_data(index) and bool(((index < -1) | (index >= adapters)).any()):
         wrong = index[(index < -1) | (index >= adapters)][0].item()
         raise ValueError(f"adapter_index: expected values from -1 to E - 1 = {adapters - 1}, got {wrong}")
+
+
+def check_lora_linear_stacked(weights: Any, lora_a: Any, lora_b: Any, bias: Any, scale: Any) -> list[Any]:
+    """As many of each; returns the four groups of tensors as lists, and the scales."""
+    for name, group in (("weights", weights), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if isinstance(group, Tensor) or not isinstance(group, Sequence):
+            raise TypeError(f"{name}: expected a sequence of tensors, got {type(group).__name__}")
+        for i, t in enumerate(group):
+            check_tensor(f"{name}[{i}]", t)
+    count = len(weights)
+    biases = [None] * count if bias is None else list(bias)
+    for i, t in enumerate(biases):
+        if t is not None:
+            check_tensor(f"bias[{i}]", t)
+    scales = [scale] * count if isinstance(scale, int | float) else list(scale)
+    for name, group in (("lora_a", lora_a), ("lora_b", lora_b), ("bias", biases), ("scale", scales)):
+        if len(group) != count:
+            raise ValueError(f"{name}: expected {count} of them like weights, got {len(group)}")
+    for factor in scales:
+        check_float("scale", factor)
+    return [list(weights), list(lora_a), list(lora_b), biases, [float(factor) for factor in scales]]

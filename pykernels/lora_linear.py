@@ -40,13 +40,14 @@ def lora_linear_ref(
     seed: Tensor | None,
     scale: float,
     dropout: float,
+    stream: int = 0,
 ) -> Tensor:
-    """lora_linear and lora_linear_multi in plain PyTorch. Arguments as in the schema."""
+    """lora_linear and lora_linear_multi in plain PyTorch. Arguments as in the schema, and the stream of random bits."""
     y = F.linear(x, weight, bias)
     d = x
     if dropout:
         assert seed is not None
-        draws = random_bits.draws16(seed, x.numel() // max(1, x.shape[-1]), x.shape[-1]).view(x.shape)
+        draws = random_bits.draws16(seed, x.shape[:-1].numel(), x.shape[-1], stream).view(x.shape)
         d = x * random_bits.dropout_factors(draws, dropout).to(x.dtype)
     d = d.to(lora_a.dtype)
     if adapter_index is None:
@@ -71,7 +72,7 @@ if _C is not None:
     _bwd = torch.ops.pykernels._lora_linear_bwd.default
 
     @torch.library.register_fake("pykernels::_lora_linear_fwd")
-    def _fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         shape = check_lora_linear(*args)
         x, lora_a, dropout = args[0], args[2], args[-1]
         rows, exact = 1, torch.promote_types(x.dtype, torch.float32)
@@ -154,6 +155,16 @@ def _differentiable_gradients(dy: Tensor, tensors: list[Any], form: Any, needs: 
 # --- functions ---
 
 
+def exporting() -> bool:
+    """An exported model holds PyTorch's own operators only."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def refuse_forward_mode(tensors: Any) -> None:
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError("lora_linear: forward-mode differentiation is not supported")
+
+
 def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, backend: str | None) -> Tensor:
     """Autocast, random bits, choice of the backend. `tensors` ends with the user's seed."""
     x, weight, lora_a, lora_b = tensors[:4]
@@ -179,14 +190,11 @@ def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, 
         form = (scale, 0.0)
         tensors = (*tensors[:-1], None)
 
-    # An exported model holds PyTorch's own operators only.
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if exporting or _backend.choose("lora_linear", backend, device, x.dtype) == "reference":
+    if exporting() or _backend.choose("lora_linear", backend, device, x.dtype) == "reference":
         check_lora_linear(*tensors, *form)
         return lora_linear_ref(*tensors, *form)
     inputs = [t for t in tensors[:DIFFERENTIABLE] if isinstance(t, Tensor)]
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
-        raise NotImplementedError("lora_linear: forward-mode differentiation is not supported")
+    refuse_forward_mode(inputs)
     try:
         if torch.is_grad_enabled() and any([t.requires_grad for t in inputs]):
             return LoraLinearFunction.apply(*tensors, *form)[0]

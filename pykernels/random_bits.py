@@ -51,6 +51,14 @@ def draws16(seed: Tensor, rows: int, n: int, stream: int = 0, step: int = 0) -> 
     return draws.to(torch.int32).reshape(rows, 8 * calls)[:, :n]
 
 
+def activation_draws(seed: Tensor, x: Tensor) -> Tensor:
+    """draws16 of the elements of x, by the compiled kernel where there is one. x [..., n] -> the same shape, int32."""
+    rows, n = x.shape[:-1].numel(), x.shape[-1]
+    compiled = _C is not None and x.is_cpu and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+    draws = torch.ops.pykernels._random_bits(seed, rows, n, 0, 0) if compiled else draws16(seed, rows, n)
+    return draws.view(x.shape)
+
+
 def draws16_at(seed: Tensor, element: Tensor, stream: int = 0, step: int = 0) -> Tensor:
     """The 16-bit draws of any elements. seed 0-d int64, element int64 of any shape -> the same shape, int32."""
     flat = element.reshape(-1)

@@ -30,7 +30,7 @@ void arrange(const LoraLinearArgs& args, const LoraAdapters& from, void* a, void
 
 void keep_bits(const LoraLinearArgs& args, int64_t first, int64_t count) {
   philox_keep_bits(args.keep + first * args.keep_row, args.seed, uint64_t(first * args.keep_row), count * args.keep_row,
-                   args.keep_threshold, 0, 0);
+                   args.keep_threshold, args.stream, 0);
 }
 
 template <class T, class C>
@@ -168,7 +168,8 @@ void add_lora_linear_forward(LoraLinearKernels& table) {
   table.row_tile = Product<P>::kRows;
   table.panel_size = sizeof(P);
   table.sum_size = sizeof(C);
-  table.few_rows = 16;
+  // Tiles pay for packing sooner than vectors, whose products of bf16 need no more instructions unpacked.
+  table.few_rows = Product<P>::kOverlapsEpilogue ? 16 : sizeof(P) == 2 ? 64 : 32;
   table.arrange = arrange<T, C>;
   table.keep_bits = keep_bits;
   table.shrink = shrink<T, C>;

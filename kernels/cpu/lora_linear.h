@@ -30,6 +30,7 @@ struct LoraLinearArgs {
 
   // Dropout of what A is multiplied with. keep has keep_row bytes a row, and one byte behind the last.
   uint64_t seed;
+  uint32_t stream;
   uint32_t keep_threshold;
   double keep_scale;
   uint8_t* keep;  // null without dropout
@@ -40,6 +41,7 @@ struct LoraLinearArgs {
   int64_t dy_row;
   void* ds;  // C [rows, rank]: B^T dy
   void* dx;  // [rows, in] or null
+  bool add_to_dx;
 };
 
 // A and B as they come: contiguous [adapters, rank, in] and [adapters, out, rank], of x's type or float, with a scale for each.

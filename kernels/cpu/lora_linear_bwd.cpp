@@ -132,8 +132,14 @@ struct InputTile {
           if (n > W) v[i][1] = keep_columns<C>(v[i][1], keep, column + W) * C(args->keep_scale);
         }
         T* to = static_cast<T*>(args->dx) + row * args->in + column;
-        store_columns(to, load(acc + (r + i) * acc_row) + v[i][0], n);
-        if (n > W) store_columns(to + W, load(acc + half_stride + (r + i) * acc_row) + v[i][1], n - W);
+        v[i][0] += load(acc + (r + i) * acc_row);
+        v[i][1] += load(acc + half_stride + (r + i) * acc_row);
+        if (args->add_to_dx) {
+          v[i][0] += load_columns(to, n);
+          if (n > W) v[i][1] += load_columns(to + W, n - W);
+        }
+        store_columns(to, v[i][0], n);
+        if (n > W) store_columns(to + W, v[i][1], n - W);
       }
     });
   }
