@@ -198,6 +198,63 @@ def run_multi(shape: Shape, session: Session, result: Result) -> None:
         session.group(result, "forward", variants, limits, shape.flops)
 
 
+def run_stacked(shape: Shape, session: Session, result: Result) -> None:
+    """Three projections of one x, as q, k and v of attention, forward and backward, against one after the other."""
+    problem = Problem(shape, DTYPES[result.dtype])
+    leaves = problem.leaves()
+    x, weights = leaves["x"], [problem.weight * (1 + 0.1 * i) for i in range(3)]
+    lora_a, lora_b = ([leaves[n].detach().clone().requires_grad_() for _ in range(3)] for n in ("lora_a", "lora_b"))
+    wanted, incoming = [x, *lora_a, *lora_b], [problem.dy] * 3
+    options = {"scale": SCALE, "dropout": DROPOUT, "training": True}
+
+    def together() -> object:
+        ys = pykernels.lora_linear_stacked(x, weights, lora_a, lora_b, **options)
+        return torch.autograd.grad(ys, wanted, incoming)
+
+    def apart(call: Callable[..., Tensor]) -> Call:
+        def run() -> object:
+            ys = [call(w, x=x, lora_a=a, lora_b=b) for w, a, b in zip(weights, lora_a, lora_b, strict=True)]
+            return torch.autograd.grad(ys, wanted, incoming)
+
+        return run
+
+    check(problem)
+    variants = {
+        OURS: together,
+        "ours, one by one": apart(ours),
+        EAGER: apart(lambda w, **t: eager(w, DROPOUT, **t)),
+        FROZEN: lambda: torch.autograd.grad([frozen(x, w) for w in weights], x, incoming),
+    }
+    session.group(result, "forward + backward", variants, [Bar(OURS, EAGER, 1.0)], 6 * shape.flops)
+
+
+def run_dora(shape: Shape, session: Session, result: Result) -> None:
+    """DoRA without dropout, forward and backward, against PEFT's layer."""
+    problem = Problem(shape, DTYPES[result.dtype])
+    leaves = problem.leaves()
+    layer = peft_layer(problem, 0.0, dora=True)
+    if layer is None:
+        result.notes.append("PEFT is not installed: no baseline for DoRA")
+        return
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    x, wanted = leaves["x"], [*leaves.values(), magnitude]
+    theirs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def dora() -> Tensor:
+        return pykernels.dora_linear(weight=problem.weight, magnitude=magnitude, scale=SCALE, **leaves)
+
+    with torch.no_grad():
+        y, expected = dora().double(), layer(x).double()
+        error = ((y - expected).abs().max() / expected.abs().max()).item()
+        _require(None if error < 8 * torch.finfo(problem.dtype).eps else f"differs from PEFT by {error:.3g}", OURS)
+    variants = {
+        OURS: lambda: torch.autograd.grad(dora(), wanted, problem.dy),
+        PEFT: lambda: torch.autograd.grad(layer(x), theirs, problem.dy),
+        FROZEN: _frozen_training(problem),
+    }
+    session.group(result, "forward + backward", variants, [Bar(OURS, PEFT, 1.0)], 2 * shape.flops)
+
+
 def run_overhead(session: Session, result: Result) -> None:
     problem = Problem(TINY, DTYPES[result.dtype])
     check(problem)
@@ -227,6 +284,8 @@ def jobs(options: Options) -> list[Job]:
         if brief:
             continue
         add(f"{MULTI.name}, {ADAPTERS} adapters", dtype, 1.5, 30 * MULTI.flops, partial(run_multi, MULTI))
+        add(f"{SQUARE.name}, three projections", dtype, 1.5, 200 * SQUARE.flops, partial(run_stacked, SQUARE))
+        add(f"{WIDE.name}, DoRA", dtype, 1.5, 60 * WIDE.flops, partial(run_dora, WIDE))
         add("call overhead, 8 elements", dtype, 0.4, 0, run_overhead)
         for shape in FEW[::3] if options.quick else FEW:
             case = f"sweep over rows: K{shape.K} N{shape.N} R{shape.R}, {shape.M}"

@@ -90,7 +90,7 @@ def eager(weight: Tensor, dropout: float, x: Tensor, lora_a: Tensor, lora_b: Ten
     return F.linear(x, weight) + F.linear(F.linear(d.to(lora_a.dtype), lora_a), lora_b) * SCALE
 
 
-def peft_layer(problem: Problem, dropout: float) -> nn.Module | None:
+def peft_layer(problem: Problem, dropout: float, dora: bool = False) -> nn.Module | None:
     """PEFT's own layer with these tensors, None where PEFT is not installed."""
     if importlib.util.find_spec("peft") is None:
         return None
@@ -100,8 +100,8 @@ def peft_layer(problem: Problem, dropout: float) -> nn.Module | None:
     s = problem.shape
     base = nn.Linear(s.K, s.N, bias=False, dtype=problem.dtype)
     base.weight = nn.Parameter(problem.weight, requires_grad=False)
-    config = LoraConfig(r=s.R, lora_alpha=SCALE * s.R, lora_dropout=dropout)
-    layer = Linear(base, "default", config=config, r=s.R, lora_alpha=SCALE * s.R, lora_dropout=dropout)
+    config = LoraConfig(r=s.R, lora_alpha=int(SCALE) * s.R, lora_dropout=dropout, use_dora=dora)
+    layer = Linear(base, "default", config=config, r=s.R, lora_alpha=config.lora_alpha)
     layer.lora_A["default"].weight = nn.Parameter(problem.inputs["lora_a"].clone())
     layer.lora_B["default"].weight = nn.Parameter(problem.inputs["lora_b"].clone())
     return layer.train()
