@@ -50,8 +50,8 @@ FILLS = (30, 50, 60, 100)
 QUICK_FILLS = (50,)
 SWEEP_LENGTHS = tuple(2**n for n in range(7, 18))
 QUICK_SWEEP_LENGTHS = (128, 2048, 32768)
-# How many times as fast as the better eager form ours should be: forward, and forward + backward. For the latter what ours
-# keeps is a choice, and the bar is that of the choice that keeps as much as eager.
+# How many times as fast as the better eager form ours should be: forward, and forward + backward, where ours is the
+# choice that keeps as much as eager.
 SPEEDUPS = {
     (MIDDLE, "fp32"): (1.5, 1.5),
     (MIDDLE, "bf16"): (4.0, 3.0),

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "cpu_tier.h"
 
 namespace pykernels {
 
@@ -24,8 +25,9 @@ Enum choose(const char* name, std::string_view came, std::initializer_list<std::
   TORCH_CHECK_VALUE(false, name, ": expected one of ", wanted, ", got '", came, "'");
 }
 
-// The dtype of x, which is checked.
+// The dtype of x, which is checked, and the tier that serves it: float64 is for numerical checks, and has the generic one alone.
 Dtype dtype_of(const at::Tensor& x);
+inline CpuTier tier_for(Dtype dtype) { return dtype == Dtype::float64 ? CpuTier::generic : cpu_tier(); }
 
 // dtype and device of x, where the tensor is there.
 void check_like(const char* name, const OptionalTensor& t, const at::Tensor& x);

@@ -5,22 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu_tier.h"
-
 namespace pykernels {
 namespace {
-
-const AttentionPoolKernels* table_of(CpuTier tier, Dtype dtype, bool bf16_products) {
-  switch (dtype == Dtype::float64 ? CpuTier::generic : tier) {
-#if defined(PYKERNELS_X86_TIERS)
-    case CpuTier::avx2: return avx2::attention_pool_kernels(dtype, bf16_products);
-    case CpuTier::avx512: return avx512::attention_pool_kernels(dtype, bf16_products);
-    case CpuTier::avx512_bf16: return avx512_bf16::attention_pool_kernels(dtype, bf16_products);
-    case CpuTier::amx: return amx::attention_pool_kernels(dtype, bf16_products);
-#endif
-    default: return generic::attention_pool_kernels(dtype, bf16_products);
-  }
-}
 
 // What a unit of work reads again from its own cache.
 constexpr int64_t kPanelBytes = 256 << 10;
@@ -34,7 +20,7 @@ AttentionPoolCall::AttentionPoolCall(const AttentionPoolInputs& in) : x(in.x) {
                               {{"none", Returned::none}, {"raw", Returned::raw}, {"softmax", Returned::softmax}});
   args.softmax_returned = returned == Returned::softmax;
   check_shapes(in);
-  kernels = table_of(cpu_tier(), dtype, dtype == Dtype::float32 && float32_allows_bf16());
+  kernels = PYKERNELS_OF_TIER(tier_for(dtype), attention_pool_kernels)(dtype, dtype == Dtype::float32 && float32_allows_bf16());
   sequences = sequences_of(x, in.mask, in.lengths, in.cu_seqlens, keep_);
   has_dead_rows = in.mask || in.lengths;
   args.sequences = sequences.data();

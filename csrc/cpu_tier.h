@@ -36,3 +36,15 @@ extern std::atomic<CpuTier> cpu_tier;
 inline CpuTier cpu_tier() { return detail::cpu_tier.load(std::memory_order_relaxed); }
 
 }  // namespace pykernels
+
+// `name` in the namespace of that tier (kernels/cpu/tiers.h).
+#if defined(PYKERNELS_X86_TIERS)
+#define PYKERNELS_OF_TIER(tier, name)                                \
+  ((tier) == ::pykernels::CpuTier::amx           ? amx::name         \
+   : (tier) == ::pykernels::CpuTier::avx512_bf16 ? avx512_bf16::name \
+   : (tier) == ::pykernels::CpuTier::avx512      ? avx512::name      \
+   : (tier) == ::pykernels::CpuTier::avx2        ? avx2::name        \
+                                                 : generic::name)
+#else
+#define PYKERNELS_OF_TIER(tier, name) generic::name
+#endif

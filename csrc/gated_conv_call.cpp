@@ -7,24 +7,8 @@
 #include <cmath>
 
 #include "arguments.h"
-#include "cpu_tier.h"
 
 namespace pykernels {
-namespace {
-
-const GatedConvKernels* table_of(CpuTier tier, Dtype dtype, bool bf16_products) {
-  switch (dtype == Dtype::float64 ? CpuTier::generic : tier) {
-#if defined(PYKERNELS_X86_TIERS)
-    case CpuTier::avx2: return avx2::gated_conv_kernels(dtype, bf16_products);
-    case CpuTier::avx512: return avx512::gated_conv_kernels(dtype, bf16_products);
-    case CpuTier::avx512_bf16: return avx512_bf16::gated_conv_kernels(dtype, bf16_products);
-    case CpuTier::amx: return amx::gated_conv_kernels(dtype, bf16_products);
-#endif
-    default: return generic::gated_conv_kernels(dtype, bf16_products);
-  }
-}
-
-}  // namespace
 
 GatedConvCall::GatedConvCall(const GatedConvInputs& in) : x(in.x) {
   args.dilation = in.dilation;
@@ -33,7 +17,7 @@ GatedConvCall::GatedConvCall(const GatedConvInputs& in) : x(in.x) {
   args.value_act = choose<ValueAct>("value_act", in.value_act, {{"identity", ValueAct::identity}, {"tanh", ValueAct::tanh}});
   value_first_ = choose<bool>("split", in.split, {{"value_gate", true}, {"gate_value", false}});
   check_shapes(in);
-  kernels = table_of(cpu_tier(), dtype, dtype == Dtype::float32 && float32_allows_bf16());
+  kernels = PYKERNELS_OF_TIER(tier_for(dtype), gated_conv_kernels)(dtype, dtype == Dtype::float32 && float32_allows_bf16());
   lay_out_sequences(in);
   set_random(in);
   args.sequences = sequences.data();

@@ -41,4 +41,24 @@ TORCH_LIBRARY(pykernels, m) {
       "Tensor? gate_bias, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens, Tensor scores, Tensor max_sum, Tensor pooled, Tensor? kept, "
       "str activation, str return_scores, bool[6] needs) "
       "-> (Tensor dx, Tensor dweight, Tensor dquery, Tensor dbias, Tensor dgate_weight, Tensor dgate_bias)");
+
+  // y, and for backward S = drop(x) A^T in the arithmetic type [rows, R] and the bits of dropout, one for each element of x (empty
+  // without dropout). scales [E] and adapter_index are for adapters [E, R, K] and [E, N, R].
+  m.def(
+      "_lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? scales, Tensor? adapter_index, "
+      "Tensor? seed, float scale, float dropout) -> (Tensor y, Tensor s, Tensor keep)");
+
+  // dx, dweight, dlora_a, dlora_b, dbias; those that are not needed are empty.
+  m.def(
+      "_lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? scales, "
+      "Tensor? adapter_index, Tensor? seed, Tensor s, Tensor keep, float scale, float dropout, bool[5] needs) "
+      "-> (Tensor dx, Tensor dweight, Tensor dlora_a, Tensor dlora_b, Tensor dbias)");
+
+  // Several projections of one x: y, s and keep of each; dx, then dweight, dlora_a, dlora_b, dbias of each. saved: s and keep of each.
+  m.def(
+      "_lora_linear_stacked_fwd(Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] biases, Tensor? seed, "
+      "float[] scales, float dropout) -> Tensor[]");
+  m.def(
+      "_lora_linear_stacked_bwd(Tensor?[] dys, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] biases, "
+      "Tensor? seed, Tensor[] saved, float[] scales, float dropout, bool[] needs) -> Tensor[]");
 }

@@ -45,20 +45,39 @@ void pack_all(const ProductWork& product, void* packed) {
                  [&](int64_t block, void*) { product.pack(static_cast<char*>(packed) + block * product.packed_bytes, block, block + 1); });
 }
 
-void run_product(const ProductWork& product, const Work& work, int64_t scratch_bytes, const void* prepacked) {
+namespace {
+
+// Enough shares that threads end together.
+int64_t shares() { return 2 * at::get_num_threads(); }
+
+}  // namespace
+
+bool runs_by_columns(const ProductWork& product, const Work& work) {
   constexpr int64_t kActivationBytes = 1 << 20;  // what every thread can read again from its own cache
-  const int64_t wanted = 2 * at::get_num_threads(), columns = product.columns;
+  constexpr int64_t kSharedBytes = 8 << 20;      // and from the cache that threads share
+  if (work.size() < shares()) return true;
+  const bool heavy_weights = product.columns * product.packed_bytes > product.activation_bytes && product.activation_bytes <= kSharedBytes;
+  return product.columns >= shares() && (heavy_weights || product.activation_bytes <= kActivationBytes);
+}
+
+void run_product(const ProductWork& product, const Work& work, int64_t scratch_bytes, const void* prepacked) {
+  constexpr int64_t kPackedBytes = 512 << 10;  // packed at a time, to be read again from a thread's own cache
+  const int64_t wanted = shares(), columns = product.columns;
   const auto block_of = [&](const void* packed, int64_t block) { return static_cast<const char*>(packed) + block * product.packed_bytes; };
-  if (work.size() < wanted || (columns >= wanted && product.activation_bytes <= kActivationBytes)) {
+  if (runs_by_columns(product, work)) {
     const int64_t items = columns % wanted == 0 ? wanted : std::min(columns, 2 * wanted);  // uneven shares are made smaller
     const int64_t per_item = (columns + items - 1) / std::max<int64_t>(1, items);
+    const int64_t group = std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(1, product.packed_bytes), 1, std::max<int64_t>(1, per_item));
     const int64_t scratch_size = (scratch_bytes + 63) / 64 * 64;
-    parallel_items(items, scratch_size + (prepacked ? 0 : per_item * product.packed_bytes), [&](int64_t item, void* scratch) {
-      const int64_t begin = columns * item / items, end = columns * (item + 1) / items;
+    parallel_items(items, scratch_size + (prepacked ? 0 : group * product.packed_bytes), [&](int64_t item, void* scratch) {
       void* own = static_cast<char*>(scratch) + scratch_size;
-      if (!prepacked) product.pack(own, begin, end);
-      const void* packed = prepacked ? block_of(prepacked, begin) : own;
-      for (int64_t unit = 0; unit < work.size(); unit++) product.run(packed, work[unit], begin, end, scratch);
+      const int64_t last = columns * (item + 1) / items;
+      for (int64_t begin = columns * item / items; begin < last; begin += group) {
+        const int64_t end = std::min(last, begin + group);
+        if (!prepacked) product.pack(own, begin, end);
+        const void* packed = prepacked ? block_of(prepacked, begin) : own;
+        for (int64_t unit = 0; unit < work.size(); unit++) product.run(packed, work[unit], begin, end, scratch);
+      }
     });
     return;
   }

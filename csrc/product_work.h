@@ -38,9 +38,10 @@ struct ProductWork {
 
 void pack_all(const ProductWork& product, void* packed);
 
-// Runs every unit with every column block. Many rows: threads take units, and all use one packed copy of the weights. Few rows: threads
-// take columns, pack these for themselves and run all rows, so that no weight crosses from one core's cache to another's. Every element is
-// summed in the same order either way.
+// Runs every unit with every column block. Many rows: threads take units, and all use one packed copy of the weights. Few rows, or more
+// weights than rows: threads take columns, pack some at a time for themselves and run all rows, so that packed weights stay in a core's own
+// cache. Every element is summed in the same order either way.
+bool runs_by_columns(const ProductWork& product, const Work& work);
 void run_product(const ProductWork& product, const Work& work, int64_t scratch_bytes, const void* prepacked);
 
 // The gradient of a weight: sums over units of work, in `partials` sums that each take a fixed share of the units.

@@ -8,40 +8,13 @@
 
 #include "cpu_tier.h"
 #include "parallel.h"
+#include "tiers.h"
 
 namespace pykernels {
 
-namespace generic {
-extern const RandomBits random_bits;
-}
-#if defined(PYKERNELS_X86_TIERS)
-namespace avx2 {
-extern const RandomBits random_bits;
-}
-namespace avx512 {
-extern const RandomBits random_bits;
-}
-namespace avx512_bf16 {
-extern const RandomBits random_bits;
-}
-namespace amx {
-extern const RandomBits random_bits;
-}
-#endif
+PYKERNELS_IN_EVERY_TIER(extern const RandomBits random_bits;)
 
 namespace {
-
-RandomBits random_bits_kernel() {
-  switch (cpu_tier()) {
-#if defined(PYKERNELS_X86_TIERS)
-    case CpuTier::avx2: return avx2::random_bits;
-    case CpuTier::avx512: return avx512::random_bits;
-    case CpuTier::avx512_bf16: return avx512_bf16::random_bits;
-    case CpuTier::amx: return amx::random_bits;
-#endif
-    default: return generic::random_bits;
-  }
-}
 
 at::Tensor seed() {
   auto generator = at::detail::getDefaultCPUGenerator();
@@ -56,7 +29,7 @@ at::Tensor random_bits(const at::Tensor& seed, int64_t rows, int64_t n, int64_t 
   TORCH_CHECK_VALUE(rows >= 0 && n >= 0, "rows, n: expected sizes >= 0, got ", rows, " and ", n);
   at::Tensor draws = at::empty({rows, n}, at::kInt);
   if (draws.numel() == 0) return draws;
-  const auto kernel = random_bits_kernel();
+  const RandomBits kernel = PYKERNELS_OF_TIER(cpu_tier(), random_bits);
   const auto bits = static_cast<uint64_t>(seed.item<int64_t>());
   constexpr int64_t kRows = 64;
   const int64_t scratch_bytes = ((n + 7) / 8 * 8 + kDrawsScratch) * int64_t(sizeof(uint16_t));

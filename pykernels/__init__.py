@@ -6,8 +6,22 @@ PyTorch layer it replaces. `python -m pykernels.env` tells what this installatio
 
 from ._backend import set_backend
 from .attention_pool import AttentionPool, attention_pool
+from .dora_linear import dora_linear
 from .gated_conv import GatedConv1d, gated_conv1d
 from .gated_conv_step import gated_conv1d_step
+from .lora_linear import lora_linear, lora_linear_multi
+from .lora_linear_stacked import lora_linear_stacked
 
 __version__ = "0.1.0"
-__all__ = ["AttentionPool", "GatedConv1d", "attention_pool", "gated_conv1d", "gated_conv1d_step", "set_backend"]
+__all__ = [
+    "AttentionPool",
+    "GatedConv1d",
+    "attention_pool",
+    "dora_linear",
+    "gated_conv1d",
+    "gated_conv1d_step",
+    "lora_linear",
+    "lora_linear_multi",
+    "lora_linear_stacked",
+    "set_backend",
+]

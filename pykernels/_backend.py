@@ -51,7 +51,8 @@ def _on_cpu() -> dict[str, Backend]:
     }
 
 
-OPERATORS: dict[str, dict[str, Backend]] = {name: _on_cpu() for name in ("attention_pool", "gated_conv1d")}
+_NAMES = ("attention_pool", "gated_conv1d", "lora_linear")
+OPERATORS: dict[str, dict[str, Backend]] = {name: _on_cpu() for name in _NAMES}
 
 
 def _known(name: str | None, source: str) -> str:

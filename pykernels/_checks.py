@@ -5,6 +5,7 @@ backend and shape inference. Checks that must look at data are left out while Py
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,14 +110,22 @@ VALUE_ACTS = ("identity", "tanh")
 SPLITS = ("value_gate", "gate_value")
 
 
+def check_float(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+
+
+def check_dropout(name: str, value: float) -> None:
+    check_float(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected 0 <= {name} < 1, got {value}")
+    if value > 0 and math.floor((1 - value) * 65536 + 0.5) == 0:
+        raise ValueError(f"{name}: {value} keeps fewer than one element in 65536")
+
+
 def check_gate_random(gate_dropout: float, gate_noise: float) -> None:
-    for name, value in (("gate_dropout", gate_dropout), ("gate_noise", gate_noise)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    if not 0 <= gate_dropout < 1:
-        raise ValueError(f"gate_dropout: expected 0 <= gate_dropout < 1, got {gate_dropout}")
-    if gate_dropout > 0 and math.floor((1 - gate_dropout) * 65536 + 0.5) == 0:
-        raise ValueError(f"gate_dropout: {gate_dropout} keeps fewer than one element in 65536")
+    check_dropout("gate_dropout", gate_dropout)
+    check_float("gate_noise", gate_noise)
     if not 0 <= gate_noise < math.inf:
         raise ValueError(f"gate_noise: expected a finite amplitude >= 0, got {gate_noise}")
     if gate_dropout and gate_noise:
@@ -263,3 +272,101 @@ def check_attention_pool(
     if cu_seqlens is not None:
         return (cu_seqlens.shape[0] - 1, *heads, x.shape[1]), (*heads, x.shape[0])
     return (x.shape[0], *heads, x.shape[2]), (x.shape[0], *heads, x.shape[1])
+
+
+# --- lora_linear ---
+
+
+def check_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    adapter_index: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> tuple[int, ...]:
+    """Raises what the C++ operator raises for the same arguments. Returns the shape of the output."""
+    for name, t in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        check_tensor(name, t)
+    check_floating("x", x)
+    if x.dim() < 1:
+        raise ValueError("x: expected [..., K], got a 0-d tensor")
+    check_like("weight", weight, x)
+    check_like("bias", bias, x)
+    width = x.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(f"weight: expected [N, K] with K = {width} like x, got shape {list(weight.shape)}")
+    check_shape("bias", bias, weight.shape[:1])
+    allowed = {x.dtype} if x.dtype == torch.float64 else {x.dtype, torch.float32}
+    for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if t.dtype not in allowed:
+            wanted = f"{name_of(x.dtype)} like x" + ("" if x.dtype == torch.float64 else " or float32")
+            raise TypeError(f"{name}: expected {wanted}, got {name_of(t.dtype)}")
+        if t.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {t.device}")
+    if lora_b.dtype != lora_a.dtype:
+        raise TypeError(f"lora_b: expected {name_of(lora_a.dtype)} like lora_a, got {name_of(lora_b.dtype)}")
+    several = adapter_index is not None
+    if lora_a.dim() != (3 if several else 2) or lora_a.shape[-1] != width:
+        wanted = "[E, R, K]" if several else "[R, K]"
+        raise ValueError(f"lora_a: expected {wanted} with K = {width} like x, got shape {list(lora_a.shape)}")
+    outputs, rank = weight.shape[0], lora_a.shape[-2]
+    if tuple(lora_b.shape) != (*lora_a.shape[:-2], outputs, rank):
+        wanted = "[E, N, R]" if several else "[N, R]"
+        like = "R = {} (and E) like lora_a" if several else "R = {} like lora_a"
+        raise ValueError(
+            f"lora_b: expected {wanted} with N = {outputs} like weight and {like.format(rank)}, "
+            f"got shape {list(lora_b.shape)}"
+        )
+    check_float("scale", scale)
+    if isinstance(scale, int | float) and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if scales is not None:
+        if not several:
+            raise ValueError("scale: expected a number without adapter_index, got a tensor")
+        check_shape("scale", scales, lora_a.shape[:1])
+    if adapter_index is not None:
+        check_adapter_index(adapter_index, x.shape[:-1], lora_a.shape[0])
+    check_dropout("dropout", dropout)
+    if dropout and seed is None:
+        raise ValueError("seed: expected a 0-d int64 tensor with dropout, got None")
+    return (*x.shape[:-1], outputs)
+
+
+def check_adapter_index(index: Tensor, leading: Sequence[int], adapters: int) -> None:
+    check_tensor("adapter_index", index)
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"adapter_index: expected int32 or int64, got {name_of(index.dtype)}")
+    if tuple(index.shape) != tuple(leading[: index.dim()]):
+        raise ValueError(
+            f"adapter_index: expected a leading part of x's leading shape {list(leading)}, "
+            f"got shape {list(index.shape)}"
+        )
+    if has_data(index) and bool(((index < -1) | (index >= adapters)).any()):
+        wrong = index[(index < -1) | (index >= adapters)][0].item()
+        raise ValueError(f"adapter_index: expected values from -1 to E - 1 = {adapters - 1}, got {wrong}")
+
+
+def check_lora_linear_stacked(weights: Any, lora_a: Any, lora_b: Any, bias: Any, scale: Any) -> list[Any]:
+    """As many of each; returns the four groups of tensors as lists, and the scales."""
+    for name, group in (("weights", weights), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if isinstance(group, Tensor) or not isinstance(group, Sequence):
+            raise TypeError(f"{name}: expected a sequence of tensors, got {type(group).__name__}")
+        for i, t in enumerate(group):
+            check_tensor(f"{name}[{i}]", t)
+    count = len(weights)
+    biases = [None] * count if bias is None else list(bias)
+    for i, t in enumerate(biases):
+        if t is not None:
+            check_tensor(f"bias[{i}]", t)
+    scales = [scale] * count if isinstance(scale, int | float) else list(scale)
+    for name, group in (("lora_a", lora_a), ("lora_b", lora_b), ("bias", biases), ("scale", scales)):
+        if len(group) != count:
+            raise ValueError(f"{name}: expected {count} of them like weights, got {len(group)}")
+    for factor in scales:
+        check_float("scale", factor)
+    return [list(weights), list(lora_a), list(lora_b), biases, [float(factor) for factor in scales]]

@@ -9,8 +9,8 @@ B batch, L length, D width, H hidden, J pooling heads, T packed rows.
 Additive attention (Bahdanau et al. 2015) with a learned query: structured self-attentive sentence embedding (Lin et al.
 2017), and with the gate the attention pooling of multiple-instance learning (Ilse, Tomczak and Welling 2018).
 
-Backward keeps the scores s with their largest and the sum of e^(s - largest), and computes u again, unless it is told to
-keep what the activations are taken of (recompute=False). With
+Backward keeps the scores s with their largest and the sum of e^(s - largest), and computes u again, unless it is told
+to keep what the activations are taken of (recompute=False). With
 da[j, l] = dout[j] . x[l]: ds = a * (da - sum of a * da), du[l] = sum over j of ds[j, l] query[j], and from there
 through the small network; dx[l] gets the sum over j of a[j, l] dout[j] besides.
 """
@@ -244,10 +244,10 @@ def attention_pool(
 
     Returns out [B, D], with heads [B, J, D], in x's dtype, or (out, scores). A sequence without rows gives zeros, and
     zero gradients. Unless recompute is False, nothing of the size [B, L, H] is made: backward keeps 4 bytes a score (8
-    for float64) and computes u again. Equal inputs give equal bits on the CPU kernels, with any number of threads, whatever the sequence is batched
-    with and however far it is padded behind. Double backward works at the speed of plain PyTorch; torch.vmap and
-    forward-mode differentiation are refused. Under torch.export, torch.jit.trace and ONNX export plain PyTorch
-    operators are emitted.
+    for float64) and computes u again. Equal inputs give equal bits on the CPU kernels, with any number of threads,
+    whatever the sequence is batched with and however far it is padded behind. Double backward works at the speed of
+    plain PyTorch; torch.vmap and forward-mode differentiation are refused. Under torch.export, torch.jit.trace and ONNX
+    export plain PyTorch operators are emitted.
 
     Raises TypeError for types and dtypes, ValueError for values, RuntimeError for a named backend that cannot serve.
     """

@@ -1,7 +1,7 @@
 """What this installation can do here: versions, instruction set, threads, and which operator has which backend.
 
-    python -m pykernels.env           a page to read, or to paste into a bug report
-    python -m pykernels.env --json    the same as JSON
+python -m pykernels.env           a page to read, or to paste into a bug report
+python -m pykernels.env --json    the same as JSON
 """
 
 import argparse

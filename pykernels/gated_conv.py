@@ -130,7 +130,6 @@ def gated_conv1d_ref(
 TENSORS, DIFFERENTIABLE = 10, 6
 
 if _C is not None:
-    _new_seed = torch.ops.pykernels._seed.default
     _fwd = torch.ops.pykernels._gated_conv_fwd.default
     _bwd = torch.ops.pykernels._gated_conv_bwd.default
     _pack = torch.ops.pykernels._gated_conv_pack.default
@@ -221,22 +220,6 @@ def _differentiable_gradients(dy: Tensor, tensors: list[Any], form: Any, needs: 
 # --- functions ---
 
 
-def _seed_tensor(seed: int | Tensor | None) -> Tensor:
-    if seed is None:
-        if _C is not None:
-            return _new_seed()
-        return torch.empty((), dtype=torch.int64).random_(-(2**63), None)  # the same draw from the same generator
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.dim() != 0:
-            raise TypeError(f"seed: expected an int or a 0-d int64 tensor, got {seed.dim()}-d {seed.dtype}")
-        return seed
-    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
-        raise TypeError(f"seed: expected an int or a 0-d int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed: expected 64 bits, got {seed}")
-    return torch.tensor(seed if seed < 2**63 else seed - 2**64)
-
-
 def _call(
     tensors: tuple[Any, ...],
     form: tuple[Any, ...],
@@ -262,7 +245,7 @@ def _call(
     if form[-2] or form[-1]:
         check_gate_random(*form[-2:])
         if training:
-            seed = _seed_tensor(tensors[-1])
+            seed = random_bits.seed_tensor(tensors[-1])
         else:
             form = (*form[:-2], 0.0, 0.0)
     tensors = (*tensors[:-1], seed)

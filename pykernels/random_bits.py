@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from ._extension import _C
+
 _WORD = 0xFFFFFFFF
 
 
@@ -49,6 +51,14 @@ def draws16(seed: Tensor, rows: int, n: int, stream: int = 0, step: int = 0) -> 
     return draws.to(torch.int32).reshape(rows, 8 * calls)[:, :n]
 
 
+def activation_draws(seed: Tensor, x: Tensor) -> Tensor:
+    """draws16 of the elements of x, by the compiled kernel where there is one. x [..., n] -> the same shape, int32."""
+    rows, n = x.shape[:-1].numel(), x.shape[-1]
+    compiled = _C is not None and x.is_cpu and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+    draws = torch.ops.pykernels._random_bits(seed, rows, n, 0, 0) if compiled else draws16(seed, rows, n)
+    return draws.view(x.shape)
+
+
 def draws16_at(seed: Tensor, element: Tensor, stream: int = 0, step: int = 0) -> Tensor:
     """The 16-bit draws of any elements. seed 0-d int64, element int64 of any shape -> the same shape, int32."""
     flat = element.reshape(-1)
@@ -73,3 +83,20 @@ def dropout_factors(draws: Tensor, dropout: float) -> Tensor:
 def uniform_noise(draws: Tensor, amplitude: float) -> Tensor:
     """Uniform noise in (-amplitude, amplitude), symmetric about 0. draws int -> float32."""
     return ((2 * draws + 1).to(torch.float32) / 65536 - 1) * amplitude
+
+
+def seed_tensor(seed: int | Tensor | None) -> Tensor:
+    """The seed of a call, 0-d int64: the user's, or a draw from PyTorch's default generator."""
+    if seed is None:
+        if _C is not None:
+            return torch.ops.pykernels._seed.default()
+        return torch.empty((), dtype=torch.int64).random_(-(2**63), None)  # the same draw from the same generator
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise TypeError(f"seed: expected an int or a 0-d int64 tensor, got {seed.dim()}-d {seed.dtype}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+        raise TypeError(f"seed: expected an int or a 0-d int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected 64 bits, got {seed}")
+    return torch.tensor(seed if seed < 2**63 else seed - 2**64)

@@ -18,3 +18,4 @@ def test_python_examples_run_one_after_the_other() -> None:
     assert all(layer.weight.grad is not None for layer in names["layers"])
     assert names["pooled"].shape == (8, 128) and torch.allclose(names["scores"].sum(1), torch.ones(8), atol=1e-5)
     assert all(p.grad is not None for p in names["pool"].parameters())
+    assert names["out"].shape == names["q"].shape == (8, 300, 768)

@@ -3,6 +3,7 @@
 #include "attention_pool.h"
 
 #include "attention_pool_rows.h"
+#include "kernel_table.h"
 
 namespace pykernels::PYKERNELS_TIER {
 namespace {
@@ -325,16 +326,6 @@ void add_attention_pool_forward(AttentionPoolKernels& table) {
   table.normalize = normalize<Arithmetic<P>>;
 }
 
-template void add_attention_pool_forward<float, float>(AttentionPoolKernels&);
-template void add_attention_pool_forward<f16, float>(AttentionPoolKernels&);
-#if defined(__AVX512BF16__)
-template void add_attention_pool_forward<float, bf16>(AttentionPoolKernels&);
-template void add_attention_pool_forward<bf16, bf16>(AttentionPoolKernels&);
-#else
-template void add_attention_pool_forward<bf16, float>(AttentionPoolKernels&);
-#endif
-#if !defined(__AVX2__)
-template void add_attention_pool_forward<double, double>(AttentionPoolKernels&);
-#endif
+PYKERNELS_INSTANTIATE(add_attention_pool_forward, AttentionPoolKernels)
 
 }  // namespace pykernels::PYKERNELS_TIER

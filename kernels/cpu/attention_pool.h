@@ -9,6 +9,7 @@
 #pragma once
 
 #include "blocks.h"
+#include "tiers.h"
 
 namespace pykernels {
 
@@ -85,22 +86,7 @@ struct AttentionPoolKernels {
                         int64_t end);
 };
 
-namespace generic {
-const AttentionPoolKernels* attention_pool_kernels(Dtype, bool bf16_products);
-}
-#if defined(PYKERNELS_X86_TIERS)
-namespace avx2 {
-const AttentionPoolKernels* attention_pool_kernels(Dtype, bool bf16_products);
-}
-namespace avx512 {
-const AttentionPoolKernels* attention_pool_kernels(Dtype, bool bf16_products);
-}
-namespace avx512_bf16 {
-const AttentionPoolKernels* attention_pool_kernels(Dtype, bool bf16_products);
-}
-namespace amx {
-const AttentionPoolKernels* attention_pool_kernels(Dtype, bool bf16_products);
-}
-#endif
+// The tier's kernels for a dtype, null for one that it does not serve. bf16_products: float32 may be multiplied in bf16.
+PYKERNELS_IN_EVERY_TIER(const AttentionPoolKernels* attention_pool_kernels(Dtype, bool bf16_products);)
 
 }  // namespace pykernels

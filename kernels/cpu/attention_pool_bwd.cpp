@@ -12,6 +12,7 @@
 // too; dh exists for some units of work at a time.
 #include "attention_pool.h"
 #include "attention_pool_rows.h"
+#include "kernel_table.h"
 
 namespace pykernels::PYKERNELS_TIER {
 namespace {
@@ -404,16 +405,6 @@ void add_attention_pool_backward(AttentionPoolKernels& table) {
   table.reduce_weight = reduce_weight<T, P>;
 }
 
-template void add_attention_pool_backward<float, float>(AttentionPoolKernels&);
-template void add_attention_pool_backward<f16, float>(AttentionPoolKernels&);
-#if defined(__AVX512BF16__)
-template void add_attention_pool_backward<float, bf16>(AttentionPoolKernels&);
-template void add_attention_pool_backward<bf16, bf16>(AttentionPoolKernels&);
-#else
-template void add_attention_pool_backward<bf16, float>(AttentionPoolKernels&);
-#endif
-#if !defined(__AVX2__)
-template void add_attention_pool_backward<double, double>(AttentionPoolKernels&);
-#endif
+PYKERNELS_INSTANTIATE(add_attention_pool_backward, AttentionPoolKernels)
 
 }  // namespace pykernels::PYKERNELS_TIER

@@ -3,6 +3,7 @@
 #include "gated_conv.h"
 
 #include "gated_conv_rows.h"
+#include "kernel_table.h"
 #include "weights.h"
 
 namespace pykernels::PYKERNELS_TIER {
@@ -200,16 +201,6 @@ void add_gated_conv_forward(GatedConvKernels& table) {
   table.forward = forward<T, P>;
 }
 
-template void add_gated_conv_forward<float, float>(GatedConvKernels&);
-template void add_gated_conv_forward<f16, float>(GatedConvKernels&);
-#if defined(__AVX512BF16__)
-template void add_gated_conv_forward<float, bf16>(GatedConvKernels&);
-template void add_gated_conv_forward<bf16, bf16>(GatedConvKernels&);
-#else
-template void add_gated_conv_forward<bf16, float>(GatedConvKernels&);
-#endif
-#if !defined(__AVX2__)
-template void add_gated_conv_forward<double, double>(GatedConvKernels&);
-#endif
+PYKERNELS_INSTANTIATE(add_gated_conv_forward, GatedConvKernels)
 
 }  // namespace pykernels::PYKERNELS_TIER

@@ -10,6 +10,7 @@
 // Saved by forward: v and g. dh exists once, in panel type; the two products read it in place.
 #include "gated_conv.h"
 #include "gated_conv_rows.h"
+#include "kernel_table.h"
 #include "weights.h"
 
 namespace pykernels::PYKERNELS_TIER {
@@ -321,16 +322,6 @@ void add_gated_conv_backward(GatedConvKernels& table) {
   table.reduce_weight = reduce_weight<T, P>;
 }
 
-template void add_gated_conv_backward<float, float>(GatedConvKernels&);
-template void add_gated_conv_backward<f16, float>(GatedConvKernels&);
-#if defined(__AVX512BF16__)
-template void add_gated_conv_backward<float, bf16>(GatedConvKernels&);
-template void add_gated_conv_backward<bf16, bf16>(GatedConvKernels&);
-#else
-template void add_gated_conv_backward<bf16, float>(GatedConvKernels&);
-#endif
-#if !defined(__AVX2__)
-template void add_gated_conv_backward<double, double>(GatedConvKernels&);
-#endif
+PYKERNELS_INSTANTIATE(add_gated_conv_backward, GatedConvKernels)
 
 }  // namespace pykernels::PYKERNELS_TIER

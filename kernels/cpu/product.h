@@ -177,9 +177,19 @@ struct ProductOf<bf16> {
 template <class P>
 using Product = typename ProductOf<P>::type;
 
+// Rows [begin, end) of a tile, one by one unless the epilogue takes several.
+template <class Epilogue>
+PYKERNELS_INLINE void finish_rows(const Epilogue& epilogue, int64_t begin, int64_t end) {
+  if constexpr (requires { epilogue.rows(begin, end); }) {
+    epilogue.rows(begin, end);
+  } else {
+    for (int64_t i = begin; i < end; i++) epilogue.row(i);
+  }
+}
+
 // Walks over rows [0, rows) x column blocks [begin, end) of one product (packed holds these), columns outside so that a block of weights
-// serves all rows, and hands each finished tile to the epilogue: make(block, row, acc) returns an object whose row(i) finishes row i of the
-// tile at `row`.
+// serves all rows, and hands each finished tile to the epilogue: make(block, row, acc) returns an object whose row(i), or rows(i, end),
+// finishes rows of the tile at `row`.
 template <class P, class Make>
 void for_each_tile(const Tap<P>* taps, int64_t ntaps, int64_t rows, int64_t depth, const P* packed, int64_t block_size, int64_t begin,
                    int64_t end, Make make) {
@@ -194,7 +204,9 @@ void for_each_tile(const Tap<P>* taps, int64_t ntaps, int64_t rows, int64_t dept
       Epilogue epilogue;
       int64_t next = 0, rows = 0, per_step = 1;
       PYKERNELS_INLINE void operator()() {
-        for (int64_t stop = min(rows, next + per_step); next < stop; next++) epilogue.row(next);
+        const int64_t stop = min(rows, next + per_step);
+        finish_rows(epilogue, next, stop);
+        next = stop;
       }
     } pending{make(begin, 0, acc[0])};
     for (int64_t block = begin; block < end; block++) {
@@ -213,7 +225,7 @@ void for_each_tile(const Tap<P>* taps, int64_t ntaps, int64_t rows, int64_t dept
         const int64_t n = (rows - row + tiles - tile - 1) / (tiles - tile);  // even heights: no tile of a single row at the end
         Pr::run(acc[current], taps, ntaps, row, n, depth, packed + (block - begin) * block_size, nothing);
         Epilogue epilogue = make(block, row, acc[current]);
-        for (int64_t i = 0; i < n; i++) epilogue.row(i);
+        finish_rows(epilogue, 0, n);
         row += n;
       }
     }

@@ -1,0 +1,188 @@
+#include "lora_linear_call.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "parallel.h"
+
+namespace pykernels {
+
+LoraLinearCall::LoraLinearCall(const LoraLinearInputs& in, uint32_t stream) {
+  args.stream = stream;
+  check_shapes(in);
+  const Dtype dtype = dtype_of(in.x);
+  sum_type = dtype == Dtype::float64 ? at::kDouble : at::kFloat;
+  kernels = PYKERNELS_OF_TIER(tier_for(dtype), lora_linear_kernels)(dtype, dtype == Dtype::float32 && float32_allows_bf16());
+  x = rows_of(in.x, args.in);
+  args.rows = x.size(0);
+  args.x = x.const_data_ptr();
+  args.x_row = x.stride(0);
+
+  args.weight_transposed = args.out > 1 && in.weight.stride(0) == 1 && in.weight.stride(1) == args.out;
+  keep_.push_back(args.weight_transposed ? in.weight : in.weight.contiguous());
+  args.weight = keep_.back().const_data_ptr();
+  if (in.bias) {
+    keep_.push_back(in.bias->contiguous());
+    args.bias = keep_.back().const_data_ptr();
+  }
+  set_adapters(in);
+  set_dropout(in);
+}
+
+void LoraLinearCall::check_shapes(const LoraLinearInputs& in) {
+  TORCH_CHECK_VALUE(in.x.dim() >= 1, "x: expected [..., K], got a 0-d tensor");
+  check_like("weight", in.weight, in.x);
+  check_like("bias", in.bias, in.x);
+  TORCH_CHECK_VALUE(in.weight.dim() == 2 && in.weight.size(1) == in.x.size(-1), "weight: expected [N, K] with K = ", in.x.size(-1),
+                    " like x, got shape ", in.weight.sizes());
+  args.in = in.weight.size(1);
+  args.out = in.weight.size(0);
+  check_shape("bias", in.bias, {args.out});
+  for (const auto& [name, t] : {std::pair{"lora_a", &in.lora_a}, std::pair{"lora_b", &in.lora_b}}) {
+    TORCH_CHECK_TYPE(t->scalar_type() == in.x.scalar_type() || (t->scalar_type() == at::kFloat && in.x.scalar_type() != at::kDouble), name,
+                     ": expected ", in.x.scalar_type(), " like x", in.x.scalar_type() == at::kDouble ? "" : " or Float", ", got ",
+                     t->scalar_type());
+    TORCH_CHECK_VALUE(t->device() == in.x.device(), name, ": expected a tensor on ", in.x.device(), " like x, got ", t->device());
+  }
+  TORCH_CHECK_TYPE(in.lora_b.scalar_type() == in.lora_a.scalar_type(), "lora_b: expected ", in.lora_a.scalar_type(), " like lora_a, got ",
+                   in.lora_b.scalar_type());
+  const int64_t dims = in.adapter_index ? 3 : 2;
+  TORCH_CHECK_VALUE(in.lora_a.dim() == dims && in.lora_a.size(-1) == args.in, "lora_a: expected ", dims == 3 ? "[E, R, K]" : "[R, K]",
+                    " with K = ", args.in, " like x, got shape ", in.lora_a.sizes());
+  args.rank = in.lora_a.size(-2);
+  args.adapters = dims == 3 ? in.lora_a.size(0) : 1;
+  const bool fits = in.lora_b.dim() == dims && in.lora_b.size(-1) == args.rank && in.lora_b.size(-2) == args.out &&
+                    (dims == 2 || in.lora_b.size(0) == args.adapters);
+  TORCH_CHECK_VALUE(fits, "lora_b: expected ", dims == 3 ? "[E, N, R]" : "[N, R]", " with N = ", args.out,
+                    " like weight and R = ", args.rank, dims == 3 ? " (and E) like lora_a" : " like lora_a", ", got shape ",
+                    in.lora_b.sizes());
+  TORCH_CHECK_VALUE(std::isfinite(in.scale), "scale: expected a finite number, got ", in.scale);
+  TORCH_CHECK_VALUE(in.adapter_index || !in.scales, "scale: expected a number without adapter_index, got a tensor");
+  if (in.scales) check_shape("scale", in.scales, {args.adapters});
+  out_shape = in.x.sizes().vec();
+  out_shape.back() = args.out;
+}
+
+void LoraLinearCall::set_adapters(const LoraLinearInputs& in) {
+  constexpr int64_t kColumns = 32;  // two vectors of the widest tier
+  args.a_row = (args.in + kColumns - 1) / kColumns * kColumns;
+  args.b_row = (args.out + kColumns - 1) / kColumns * kColumns;
+  if (in.scales) {
+    const at::Tensor scales = in.scales->to(at::kDouble).contiguous();
+    scales_.assign(scales.const_data_ptr<double>(), scales.const_data_ptr<double>() + args.adapters);
+  } else {
+    scales_.assign(args.adapters, in.scale);
+  }
+  if (in.adapter_index) {
+    const at::Tensor& index = *in.adapter_index;
+    TORCH_CHECK_TYPE(index.scalar_type() == at::kInt || index.scalar_type() == at::kLong, "adapter_index: expected int32 or int64, got ",
+                     index.scalar_type());
+    const at::IntArrayRef leading = in.x.sizes().slice(0, in.x.dim() - 1);
+    const bool fits = index.dim() <= static_cast<int64_t>(leading.size()) && index.sizes() == leading.slice(0, index.dim());
+    TORCH_CHECK_VALUE(fits, "adapter_index: expected a leading part of x's leading shape ", leading, ", got shape ", index.sizes());
+    const at::Tensor wide = index.to(at::kLong).contiguous();
+    const auto* of = wide.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < wide.numel(); i++) {
+      TORCH_CHECK_VALUE(of[i] >= -1 && of[i] < args.adapters, "adapter_index: expected values from -1 to E - 1 = ", args.adapters - 1,
+                        ", got ", of[i]);
+    }
+    const int64_t repeats = wide.numel() ? args.rows / wide.numel() : 0;
+    at::Tensor rows = at::empty({args.rows}, at::kLong);
+    for (int64_t i = 0; i < args.rows; i++) rows.mutable_data_ptr<int64_t>()[i] = of[i / repeats];
+    keep_.push_back(rows);
+    args.adapter_of = rows.const_data_ptr<int64_t>();
+  }
+  const at::Tensor a = in.lora_a.contiguous(), b = in.lora_b.contiguous();
+  adapters = {a.const_data_ptr(), b.const_data_ptr(), a.scalar_type() == at::kFloat, scales_.data()};
+  const int64_t of_a = args.adapters * args.rank * args.a_row, of_b = args.adapters * args.rank * args.b_row;
+  at::Tensor arranged = at::empty({of_a + of_b}, at::TensorOptions(sum_type));
+  auto* to = static_cast<char*>(arranged.mutable_data_ptr());
+  kernels->arrange(args, adapters, to, to + of_a * kernels->sum_size);
+  args.a = to;
+  args.b = to + of_a * kernels->sum_size;
+  keep_.push_back(arranged);
+}
+
+void LoraLinearCall::set_dropout(const LoraLinearInputs& in) {
+  TORCH_CHECK_VALUE(in.dropout >= 0 && in.dropout < 1, "dropout: expected 0 <= dropout < 1, got ", in.dropout);
+  args.keep_row = (args.in + 7) / 8;
+  if (in.dropout == 0) return;
+  TORCH_CHECK_VALUE(in.seed.has_value(), "seed: expected a 0-d int64 tensor with dropout, got None");
+  TORCH_CHECK_TYPE(in.seed->scalar_type() == at::kLong && in.seed->numel() == 1, "seed: expected a 0-d int64 tensor, got ",
+                   in.seed->scalar_type(), " ", in.seed->sizes());
+  args.seed = static_cast<uint64_t>(in.seed->item<int64_t>());
+  args.keep_threshold = static_cast<uint32_t>(std::floor((1.0 - in.dropout) * 65536 + 0.5));
+  TORCH_CHECK_VALUE(args.keep_threshold > 0, "dropout: ", in.dropout, " keeps fewer than one element in 65536");
+  args.keep_scale = static_cast<float>(65536.0 / args.keep_threshold);
+}
+
+namespace {
+
+Work cut_rows(int64_t total, int64_t rows) {
+  std::vector<Block> blocks;
+  const int64_t pieces = (total + rows - 1) / rows;
+  for (int64_t i = 0, first = 0; i < pieces; i++) {
+    const int64_t n = (total - first + pieces - i - 1) / (pieces - i);
+    blocks.push_back({0, first, n});
+    first += n;
+  }
+  return Work(std::move(blocks), 0);
+}
+
+}  // namespace
+
+Work LoraLinearCall::low_rank_work(int64_t rows) const { return cut_rows(args.rows, rows); }
+
+Work LoraLinearCall::product_work() const {
+  constexpr int64_t kMost = 256, kUnitsPerThread = 2;
+  const int64_t share = args.rows / (kUnitsPerThread * at::get_num_threads());
+  return cut_rows(args.rows, std::clamp(share, 2 * kernels->row_tile, kMost));
+}
+
+void few_rows(int64_t (*scratch_of)(int64_t, int64_t, int64_t), int64_t rows, int64_t depth, int64_t outputs,
+              const std::function<void(int64_t begin, int64_t end, void* scratch)>& run) {
+  constexpr int64_t kColumns = 32, kSharesPerThread = 4;
+  const int64_t blocks = (outputs + kColumns - 1) / kColumns, items = std::min<int64_t>(blocks, kSharesPerThread * at::get_num_threads());
+  const int64_t most = (blocks + items - 1) / items * kColumns;
+  parallel_items(items, scratch_of(rows, depth, most), [&](int64_t item, void* scratch) {
+    run(blocks * item / items * kColumns, std::min(outputs, blocks * (item + 1) / items * kColumns), scratch);
+  });
+}
+
+at::Tensor spread_rows(const at::Tensor& rows) {
+  constexpr int64_t kBytes = 2048, kLine = 64;
+  const int64_t size = static_cast<int64_t>(rows.element_size());
+  if (rows.stride(0) * size % kBytes) return rows;
+  at::Tensor spread = at::empty({rows.size(0), rows.size(1) + kLine / size}, rows.options()).narrow(1, 0, rows.size(1));
+  return spread.copy_(rows);
+}
+
+std::vector<LoraLinearCall> stacked_calls(const StackedInputs& in) {
+  const size_t count = in.weights.size();
+  TORCH_CHECK_VALUE(in.lora_a.size() == count && in.lora_b.size() == count && in.biases.size() == count && in.scales.size() == count,
+                    "weights, lora_a, lora_b, bias, scale: expected as many of each, got ", count, ", ", in.lora_a.size(), ", ",
+                    in.lora_b.size(), ", ", in.biases.size(), " and ", in.scales.size());
+  const OptionalTensor none;
+  std::vector<LoraLinearCall> calls;
+  calls.reserve(count);  // args of a call point into it
+  for (size_t i = 0; i < count; i++) {
+    const OptionalTensor bias = in.biases.get(i);
+    calls.emplace_back(
+        LoraLinearInputs{in.x, in.weights[i], in.lora_a[i], in.lora_b[i], bias, none, none, in.seed, in.scales[i], in.dropout},
+        static_cast<uint32_t>(i));
+  }
+  return calls;
+}
+
+at::Tensor rows_of(const at::Tensor& t, int64_t columns) {
+  const auto sizes = t.sizes().slice(0, t.dim() - 1);
+  const int64_t rows = std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<>());
+  const at::Tensor flat = t.reshape({rows, columns});
+  return columns <= 1 || flat.stride(1) == 1 ? flat : flat.contiguous();
+}
+
+}  // namespace pykernels

@@ -1,0 +1,277 @@
+"""lora_linear: a linear layer with a low-rank term beside its frozen weight, in one pass.
+
+M rows (x's leading dimensions), K inputs, N outputs, R rank, E adapters.
+
+    d = dropout(x);   S = d A^T;   y = x W^T + bias + scale * S B^T
+
+LoRA (Hu et al. 2021), with the names and layouts of PEFT: A is lora_a [R, K], B is lora_b [N, R]. In the notation of
+the LoRA+ article (https://kexue.fm/archives/10001), Y = X (W + A B), lora_a and lora_b are A^T and B^T; lora_b takes
+the larger learning rate.
+
+Backward keeps x, S and one bit an element of what dropout kept: dS = scale * dy B, dB = scale * dy^T S, dA = dS^T d,
+dx = dy W + dropout(dS A) with the factors of forward, dW = dy^T x where the weight is trained, dbias = sum of dy.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _backend, random_bits
+from ._checks import check_dropout, check_float, check_lora_linear, check_tensor
+from ._extension import _C
+
+# --- reference: the definition ---
+
+
+def lora_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    adapter_index: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout: float,
+    stream: int = 0,
+) -> Tensor:
+    """lora_linear and lora_linear_multi in plain PyTorch. Arguments as in the schema, and the stream of random bits."""
+    y = F.linear(x, weight, bias)
+    d = x
+    if dropout:
+        assert seed is not None
+        draws = random_bits.draws16(seed, x.shape[:-1].numel(), x.shape[-1], stream).view(x.shape)
+        d = x * random_bits.dropout_factors(draws, dropout).to(x.dtype)
+    d = d.to(lora_a.dtype)
+    if adapter_index is None:
+        return (y + F.linear(F.linear(d, lora_a), lora_b) * scale).to(y.dtype)
+    index = adapter_index.view(*adapter_index.shape, *(1,) * (x.dim() - adapter_index.dim()))
+    low_rank = torch.zeros_like(y, dtype=torch.promote_types(y.dtype, lora_a.dtype))
+    for e in range(lora_a.shape[0]):
+        term = F.linear(F.linear(d, lora_a[e]), lora_b[e]) * (scale if scales is None else scales[e])
+        low_rank = torch.where(index == e, term.to(low_rank.dtype), low_rank)
+    return (y + low_rank).to(y.dtype)
+
+
+# --- raw operators: shapes while tracing, gradients ---
+
+# Arguments in the order of csrc/ops.cpp, in two tuples.
+#   tensors: x, weight, lora_a, lora_b, bias (these five have gradients), scales, adapter_index, seed
+#   form:    scale, dropout
+TENSORS, DIFFERENTIABLE = 8, 5
+
+if _C is not None:
+    _fwd = torch.ops.pykernels._lora_linear_fwd.default
+    _bwd = torch.ops.pykernels._lora_linear_bwd.default
+
+    @torch.library.register_fake("pykernels::_lora_linear_fwd")
+    def fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        shape = check_lora_linear(*args)
+        x, lora_a, dropout = args[0], args[2], args[-1]
+        rows, exact = 1, torch.promote_types(x.dtype, torch.float32)
+        for n in x.shape[:-1]:
+            rows = rows * n
+        kept = rows * ((x.shape[-1] + 7) // 8) + 1 if dropout else 0
+        return (
+            x.new_empty(shape),
+            x.new_empty((rows, lora_a.shape[-2]), dtype=exact),
+            x.new_empty((kept,), dtype=torch.uint8),
+        )
+
+    @torch.library.register_fake("pykernels::_lora_linear_bwd")
+    def _bwd_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        tensors, needs = args[:TENSORS], args[-1]
+        check_lora_linear(*tensors, *args[TENSORS + 2 : -1])
+        return tuple(
+            torch.empty(
+                t.shape if needed and t is not None else (0,),
+                dtype=tensors[0].dtype if t is None else t.dtype,
+                device=tensors[0].device,
+            )
+            for t, needed in zip(tensors[:DIFFERENTIABLE], needs, strict=True)
+        )
+
+    for _name in ("_lora_linear_fwd", "_lora_linear_bwd"):
+
+        @torch.library.register_vmap(f"pykernels::{_name}")
+        def _no_vmap(*_: Any) -> None:
+            raise NotImplementedError("lora_linear: torch.vmap is not supported; put the extra dimension into x's rows")
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """The raw operators with gradients; about half the time of a call through torch.library.register_autograd."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, s, keep = output
+        ctx.mark_non_differentiable(s, keep)
+        ctx.set_materialize_grads(False)  # else backward would be given zeros as the gradients of s and keep
+        ctx.save_for_backward(*inputs[:TENSORS], s, keep)
+        ctx.form = inputs[TENSORS:]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        *tensors, s, keep = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:DIFFERENTIABLE]
+        if dy is None:
+            grads: Any = [None] * DIFFERENTIABLE
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _differentiable_gradients(dy, tensors, ctx.form, needs)
+        else:
+            grads = _bwd(dy, *tensors, s, keep, *ctx.form, needs)
+        rest = [None] * (TENSORS - DIFFERENTIABLE + len(ctx.form))
+        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *rest
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> None:
+        raise NotImplementedError("lora_linear: torch.vmap is not supported; put the extra dimension into x's rows")
+
+
+# PyTorch asks for the signature at every call; inspect takes this one instead of building it anew, a third of the time.
+LoraLinearFunction.forward.__signature__ = inspect.signature(LoraLinearFunction.forward)  # type: ignore[attr-defined]
+
+
+def _differentiable_gradients(dy: Tensor, tensors: list[Any], form: Any, needs: Any) -> list[Tensor | None]:
+    """Gradients that can be differentiated again (create_graph=True): those of the definition."""
+    # Aliases, so that each gradient is that of one argument even where one argument was computed from another.
+    alias = [t.view_as(t) if needed else t for t, needed in zip(tensors, needs, strict=False)]
+    with torch.enable_grad():
+        y = lora_linear_ref(*alias, *tensors[DIFFERENTIABLE:], *form)
+    grads = iter(torch.autograd.grad(y, [t for t, n in zip(alias, needs, strict=True) if n], dy, create_graph=True))
+    return [next(grads) if needed else None for needed in needs]
+
+
+# --- functions ---
+
+
+def exporting() -> bool:
+    """An exported model holds PyTorch's own operators only."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def refuse_forward_mode(tensors: Any) -> None:
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError("lora_linear: forward-mode differentiation is not supported")
+
+
+def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, backend: str | None) -> Tensor:
+    """Autocast, random bits, choice of the backend. `tensors` ends with the user's seed."""
+    x, weight, lora_a, lora_b = tensors[:4]
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    check_tensor("lora_a", lora_a)
+    check_tensor("lora_b", lora_b)
+    device = "cpu" if x.is_cpu else x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        cast = [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors[:DIFFERENTIABLE]]
+        tensors = (*cast, *tensors[DIFFERENTIABLE:])
+        x = tensors[0]
+    if not isinstance(scale, float):
+        check_float("scale", scale)
+        scale = float(scale)
+    if dropout != 0.0:
+        check_dropout("dropout", dropout)
+    if training and dropout:
+        form = (scale, float(dropout))
+        tensors = (*tensors[:-1], random_bits.seed_tensor(tensors[-1]))
+    else:
+        form = (scale, 0.0)
+        tensors = (*tensors[:-1], None)
+
+    if exporting() or _backend.choose("lora_linear", backend, device, x.dtype) == "reference":
+        check_lora_linear(*tensors, *form)
+        return lora_linear_ref(*tensors, *form)
+    inputs = [t for t in tensors[:DIFFERENTIABLE] if isinstance(t, Tensor)]
+    refuse_forward_mode(inputs)
+    try:
+        if torch.is_grad_enabled() and any([t.requires_grad for t in inputs]):
+            return LoraLinearFunction.apply(*tensors, *form)[0]
+        return _fwd(*tensors, *form)[0]
+    except RuntimeError:
+        # What PyTorch says of an argument of the wrong type does not begin with its name.
+        check_lora_linear(*tensors, *form)
+        raise
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x weight^T + bias + scale * (dropout(x) lora_a^T) lora_b^T.
+
+    Args:
+        x: [..., K]. float32, bfloat16, float16 or float64, any strides.
+        weight: [N, K], an nn.Linear weight; the transpose of a [K, N] tensor (the Conv1D of GPT-2) is read in place.
+            The floating tensors have x's dtype but for the adapter; under autocast all are cast.
+        lora_a, lora_b: [R, K] and [N, R], any R >= 0, of x's dtype or float32. float32 adapters of a 16-bit layer keep
+            the accuracy of float32 in S, in its products and in their gradients, and x is never copied to float32.
+        bias: [N].
+        scale: what the low-rank term is multiplied with (alpha / R, or alpha / sqrt(R) for rsLoRA). May change from
+            call to call.
+        dropout: probability of dropping an element of what lora_a is multiplied with; those kept are divided by the
+            probability of keeping. Only when training.
+        seed: of dropout's random bits, an int or a 0-d int64 tensor; None draws one from PyTorch's default generator.
+        backend: "reference", "cpu", "cuda", "triton", or "auto"; None: what `set_backend` or PYKERNELS_BACKEND says.
+
+    Returns y [..., N] in x's dtype. Gradients have the dtypes of their arguments; the weight's is computed only where
+    it requires one. Backward keeps x, S in float32 [rows, R] (float64 for float64), and one bit an element of x with
+    dropout. Equal inputs give equal bits on the CPU kernels, with any number of threads. Double backward works at the
+    speed of plain PyTorch; torch.vmap and forward-mode differentiation are refused. Under torch.export, torch.jit.trace
+    and ONNX export plain PyTorch operators are emitted.
+
+    Raises TypeError for types and dtypes, ValueError for values, RuntimeError for a named backend that cannot serve.
+    """
+    return _call((x, weight, lora_a, lora_b, bias, None, None, seed), scale, dropout, training, backend)
+
+
+def lora_linear_multi(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    dropout: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`lora_linear` of a batch whose rows have different adapters, with one product for all of them.
+
+        y = x weight^T + bias + scale[e] * (dropout(x) lora_a[e]^T) lora_b[e]^T        e = adapter_index of the row
+
+    Args:
+        lora_a, lora_b: [E, R, K] and [E, N, R].
+        adapter_index: int32 or int64, the shape of x's leading dimensions or of the first of them ([B] for x
+            [B, L, K]); 0 ... E - 1, or -1 for rows without an adapter. Fastest where neighbouring rows share one.
+        scale: a number, or a tensor [E] of any floating dtype, which gets no gradient.
+
+    The other arguments, the result and the errors are those of `lora_linear`.
+    """
+    check_tensor("adapter_index", adapter_index)
+    scales = scale.detach() if isinstance(scale, Tensor) else None
+    number = 1.0 if isinstance(scale, Tensor) else scale
+    return _call((x, weight, lora_a, lora_b, bias, scales, adapter_index, seed), number, dropout, training, backend)
