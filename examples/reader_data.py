@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kit.run import Refused
 
-class DataError(Exception):
+
+class DataError(Refused):
     """The file cannot be used; the message names it, the place, what was expected and what is there."""
 
 

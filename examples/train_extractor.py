@@ -11,7 +11,6 @@ batches are of sentences of similar lengths, and see `kit.training.Trainer` for 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,18 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from extractor_data import Sentence, load, sample, swapped
-from reader_data import DataError
 from torch import Tensor
 
-from kit.config import option, parse
+from kit.config import option
+from kit.example import finish, run_example
 from kit.progress import Progress
 from kit.run import Refused, Run
-from kit.training import COLUMNS, Diverged, Schedule, Trainer
+from kit.training import COLUMNS, Schedule, Trainer
 from pykernels.models import DGCNNExtractor, DGCNNExtractorConfig
 from pykernels.models.dgcnn_extractor import PRESETS, Spans, Targets, extractor_loss
 from pykernels.models.extractor import MODEL_FILE, Encoded, Extractor, Span, extract, locate
 from pykernels.models.extractor_decoding import END, START, Scores, Triple, evaluate
-from pykernels.models.files import write_atomically
 from pykernels.models.known_triples import KnownTriples
 from pykernels.models.vocabulary import Vocabulary
 from pykernels.models.word_vectors import WordVectors
@@ -286,8 +284,6 @@ def build(config: TrainConfig, train: Sequence[Sentence]) -> Extractor:
 
 
 def train(config: TrainConfig) -> int:
-    if config.threads:
-        torch.set_num_threads(config.threads)
     if config.dev:
         training, held = read(config.data, config.max_length), read(config.dev, config.max_length)
     else:
@@ -298,39 +294,30 @@ def train(config: TrainConfig) -> int:
     run = Run(Path(config.out), config, config.resume, [*COLUMNS, "precision", "recall"])
     extractor = build(config, training)
     trainer = ExtractorTrainer(config, extractor, training, held, run)
-    finished = trainer.train(
+
+    def results() -> tuple[dict[str, str], dict[str, float] | None]:
+        if not held:
+            return {}, None
+        scores, _ = score(Extractor.load(run.folder, backend=config.backend), trainer.held)
+        return {"held out": shown(scores)}, scores._asdict()
+
+    about = (
         f"{len(training)} sentences to train on, {len(held)} held out; {len(extractor.predicates)} predicates, "
         f"{len(extractor.vocabulary)} characters"
     )
-    if not finished:
-        print(f"stopped after step {trainer.state.step}; --resume auto goes on", file=sys.stderr)
-        return 130
-    if held:
-        best = Extractor.load(run.folder, backend=config.backend)
-        scores, _ = score(best, trainer.held)
-        print(f"held out: {shown(scores)}")
-        text = json.dumps(scores._asdict(), indent=1) + "\n"
-        write_atomically(run.folder / "scores.json", lambda path: path.write_text(text, encoding="utf-8"))
-    print(f"the extractor is in {run.folder / MODEL_FILE}")
-    return 0
+    return finish(trainer, about, results, f"the extractor is in {run.folder / MODEL_FILE}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(
+    return run_example(
         TrainConfig,
+        train,
         argv,
+        script=__file__,
         description="Trains the DGCNN extractor and prints precision, recall and F1 of held-out triples.",
         epilog=EXAMPLES,
         presets={"sample": SAMPLE},
     )
-    try:
-        return train(config)
-    except (DataError, Refused, ModuleNotFoundError) as error:
-        print(f"train_extractor.py: {error}", file=sys.stderr)
-        return 2
-    except Diverged as error:
-        print(f"train_extractor.py: {error}", file=sys.stderr)
-        return 3
 
 
 if __name__ == "__main__":

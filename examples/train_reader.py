@@ -10,7 +10,6 @@ else anew. What differs is said at `kit.training.Trainer` and in the help of the
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +17,16 @@ from pathlib import Path
 
 import torch
 from reader_batches import Item, encode, make_batch, split
-from reader_data import DataError, Record, load, sample
+from reader_data import Record, load, sample
 from torch import Tensor
 
-from kit.config import option, parse
+from kit.config import option
+from kit.example import finish, run_example
 from kit.progress import Progress
 from kit.run import Refused, Run
-from kit.training import COLUMNS, Diverged, Schedule, Trainer
+from kit.training import COLUMNS, Schedule, Trainer
 from pykernels.models import DGCNNReader, DGCNNReaderConfig
 from pykernels.models.dgcnn_reader import reader_loss
-from pykernels.models.files import write_atomically
 from pykernels.models.radam import RAdam
 from pykernels.models.reader import MODEL_FILE, Reader
 from pykernels.models.reader_evaluation import Scores, evaluate
@@ -169,8 +168,6 @@ def shown(scores: Scores) -> str:
 
 
 def train(config: TrainConfig) -> int:
-    if config.threads:
-        torch.set_num_threads(config.threads)
     records = sample(SAMPLE_QUESTIONS) if config.sample else read(config.data, config.passage_length)
     others = {path: read([path], config.passage_length) for path in config.eval_data}
     train_records, held_records = split(records, config.holdout, config.seed)
@@ -192,40 +189,28 @@ def train(config: TrainConfig) -> int:
     model = DGCNNReader(sizes, backend=config.backend)
     reader = Reader(model, vocabulary, words, threshold=config.threshold, max_length=config.max_answer)
     trainer = ReaderTrainer(config, reader, encode(reader, train_records), encode(reader, held_records), run)
-    finished = trainer.train(
-        f"{len(train_records)} questions to train on, {len(held_records)} held out; {len(vocabulary)} characters"
-    )
-    if not finished:
-        print(f"stopped after step {trainer.state.step}; --resume auto goes on", file=sys.stderr)
-        return 130
-    best = Reader.load(run.folder, backend=config.backend)
-    results = {"held out": score(best, trainer.held)[0]} if trainer.held else {}
-    results |= {path: score(best, encode(best, found))[0] for path, found in others.items()}
-    for name, scores in results.items():
-        print(f"{name}: {shown(scores)}")
-    named = {name: {**scores._asdict(), "score": scores.final} for name, scores in results.items()}
-    text = json.dumps(named, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(run.folder / "scores.json", lambda path: path.write_text(text, encoding="utf-8"))
-    print(f"the reader is in {run.folder / MODEL_FILE}")
-    return 0
+
+    def results() -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+        best = Reader.load(run.folder, backend=config.backend)
+        found = {"held out": score(best, trainer.held)[0]} if trainer.held else {}
+        found |= {path: score(best, encode(best, records))[0] for path, records in others.items()}
+        scores = {name: {**s._asdict(), "score": s.final} for name, s in found.items()}
+        return {name: shown(s) for name, s in found.items()}, scores
+
+    about = f"{len(train_records)} questions to train on, {len(held_records)} held out; {len(vocabulary)} characters"
+    return finish(trainer, about, results, f"the reader is in {run.folder / MODEL_FILE}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(
+    return run_example(
         TrainConfig,
+        train,
         argv,
+        script=__file__,
         description="Trains the DGCNN reader and evaluates it on held-out questions.",
         epilog=EXAMPLES,
         presets={"sample": SAMPLE},
     )
-    try:
-        return train(config)
-    except (DataError, Refused, ModuleNotFoundError) as error:
-        print(f"train_reader.py: {error}", file=sys.stderr)
-        return 2
-    except Diverged as error:
-        print(f"train_reader.py: {error}", file=sys.stderr)
-        return 3
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ train_reader.py.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,17 +19,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from reader_batches import occurrences, split
-from reader_data import DataError, Record, sample
+from reader_data import Record, sample
 from torch import Tensor
 from train_reader import read, shown
 
-from kit.config import option, parse
+from kit.config import option
+from kit.example import finish, run_example
 from kit.progress import Progress
 from kit.run import Refused, Run
-from kit.training import COLUMNS, Diverged, Schedule, Trainer
+from kit.training import COLUMNS, Schedule, Trainer
 from pykernels.models import DGCNNReader2018, DGCNNReader2018Config
 from pykernels.models.dgcnn_reader_2018 import reader_2018_loss
-from pykernels.models.files import write_atomically
 from pykernels.models.reader_2018 import MAX_WORDS, MODEL_FILE, Pair, Reader2018, Words
 from pykernels.models.reader_evaluation import Scores, evaluate, half_width
 from pykernels.models.word_vectors import WordVectors
@@ -214,8 +213,6 @@ def score(reader: Reader2018, items: Sequence[Item], progress: Progress | None =
 
 
 def train(config: TrainConfig) -> int:
-    if config.threads:
-        torch.set_num_threads(config.threads)
     records = sample(SAMPLE_QUESTIONS) if config.sample else read(config.data, config.passage_length)
     training, held = split(records, config.holdout, config.seed)
     if not training:
@@ -227,37 +224,27 @@ def train(config: TrainConfig) -> int:
     sizes = DGCNNReader2018Config(word_size=words.size, channels=config.channels, gate_noise=config.gate_noise)
     reader = Reader2018(DGCNNReader2018(sizes, backend=config.backend), words, max_words=config.max_words)
     trainer = ReaderTrainer(config, reader, encode(reader, training), encode(reader, held), run)
-    finished = trainer.train(
-        f"{len(training)} questions to train on, {len(held)} held out; {len(words.words)} word vectors"
-    )
-    if not finished:
-        print(f"stopped after step {trainer.state.step}; --resume auto goes on", file=sys.stderr)
-        return 130
-    if held:
+
+    def results() -> tuple[dict[str, str], dict[str, float] | None]:
+        if not held:
+            return {}, None
         scores = score(Reader2018.load(run.folder, backend=config.backend), trainer.held)
-        print(f"held out: {shown(scores)}")
-        text = json.dumps({**scores._asdict(), "score": scores.final}, indent=1) + "\n"
-        write_atomically(run.folder / "scores.json", lambda path: path.write_text(text, encoding="utf-8"))
-    print(f"the reader is in {run.folder / MODEL_FILE}")
-    return 0
+        return {"held out": shown(scores)}, {**scores._asdict(), "score": scores.final}
+
+    about = f"{len(training)} questions to train on, {len(held)} held out; {len(words.words)} word vectors"
+    return finish(trainer, about, results, f"the reader is in {run.folder / MODEL_FILE}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(
+    return run_example(
         TrainConfig,
+        train,
         argv,
+        script=__file__,
         description="Trains the DGCNN reader of 2018 and evaluates it on held-out questions.",
         epilog=EXAMPLES,
         presets={"sample": SAMPLE},
     )
-    try:
-        return train(config)
-    except (DataError, Refused, ModuleNotFoundError) as error:
-        print(f"train_reader_2018.py: {error}", file=sys.stderr)
-        return 2
-    except Diverged as error:
-        print(f"train_reader_2018.py: {error}", file=sys.stderr)
-        return 3
 
 
 if __name__ == "__main__":
