@@ -147,7 +147,9 @@ def _differentiable_gradients(dy: Tensor, tensors: list[Any], form: Any, needs: 
     alias = [t.view_as(t) if needed else t for t, needed in zip(tensors, needs, strict=False)]
     with torch.enable_grad():
         y = lora_linear_ref(*alias, *tensors[DIFFERENTIABLE:], *form)
-    grads = iter(torch.autograd.grad(y, [t for t, n in zip(alias, needs, strict=True) if n], dy, create_graph=True))
+    wanted = [t for t, needed in zip(alias, needs, strict=True) if needed]
+    # materialize_grads: without adapters, E = 0, the expression uses neither lora_a nor lora_b.
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, materialize_grads=True))
     return [next(grads) if needed else None for needed in needs]
 
 
