@@ -46,7 +46,7 @@ def lora_linear_ref(
     d = x
     if dropout:
         assert seed is not None
-        draws = random_bits.draws16(seed, x.numel() // max(1, x.shape[-1]), x.shape[-1]).view(x.shape)
+        draws = random_bits.draws16(seed, x.numel() // max(1, x.shape[-1]), x.shape[-1]).view(x.shape).to(x.device)
         d = x * random_bits.dropout_factors(draws, dropout).to(x.dtype)
     d = d.to(lora_a.dtype)
     if adapter_index is None:
