@@ -60,7 +60,6 @@ void LoraLinearCall::check_shapes(const LoraLinearInputs& in) {
                     " like weight and R = ", args.rank, dims == 3 ? " (and E) like lora_a" : " like lora_a", ", got shape ",
                     in.lora_b.sizes());
   TORCH_CHECK_VALUE(std::isfinite(in.scale), "scale: expected a finite number, got ", in.scale);
-  TORCH_CHECK_VALUE(in.adapter_index || !in.scales, "scale: expected a number without adapter_index, got a tensor");
   if (in.scales) {
     TORCH_CHECK_TYPE(in.scales->is_floating_point(), "scale: expected a floating dtype, got ", in.scales->scalar_type());
     check_shape("scale", in.scales, {args.adapters});

@@ -328,12 +328,10 @@ def check_lora_linear(
     if isinstance(scale, int | float) and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if scales is not None:
-        if not several:
-            raise ValueError("scale: expected a number without adapter_index, got a tensor")
         if not scales.is_floating_point():
             raise TypeError(f"scale: expected a floating dtype, got {name_of(scales.dtype)}")
         check_device("scale", scales, x)
-        check_shape("scale", scales, lora_a.shape[:1])
+        check_shape("scale", scales, lora_a.shape[:1] if several else (1,))
         if has_data(scales) and not bool(scales.isfinite().all()):
             raise ValueError(f"scale: expected finite numbers, got {scales.tolist()}")
     if adapter_index is not None:

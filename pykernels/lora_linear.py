@@ -50,7 +50,8 @@ def lora_linear_ref(
         d = x * random_bits.dropout_factors(draws, dropout).to(x.dtype)
     d = d.to(lora_a.dtype)
     if adapter_index is None:
-        return (y + F.linear(F.linear(d, lora_a), lora_b) * scale).to(y.dtype)
+        low_rank = F.linear(F.linear(d, lora_a), lora_b) * (scale if scales is None else scales[0])
+        return (y + low_rank).to(y.dtype)
     index = adapter_index.view(*adapter_index.shape, *(1,) * (x.dim() - adapter_index.dim()))
     low_rank = torch.zeros_like(y, dtype=torch.promote_types(y.dtype, lora_a.dtype))
     for e in range(lora_a.shape[0]):
@@ -158,7 +159,7 @@ def _differentiable_gradients(dy: Tensor, tensors: list[Any], form: Any, needs: 
 
 def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, backend: str | None) -> Tensor:
     """Autocast, random bits, choice of the backend. `tensors` ends with the user's seed."""
-    x = tensors[0]
+    x, _, lora_a, *_ = tensors
     for name, t in zip(("x", "weight", "lora_a", "lora_b"), tensors, strict=False):
         check_tensor(name, t)
     device = "cpu" if x.is_cpu else x.device.type
@@ -185,6 +186,11 @@ def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, 
     inputs = [t for t in tensors[:DIFFERENTIABLE] if isinstance(t, Tensor)]
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
         raise NotImplementedError("lora_linear: forward-mode differentiation is not supported")
+    if torch.compiler.is_compiling() and tensors[5] is None:
+        # A number given to an operator is a constant of the graph, which every other number would compile anew.
+        adapters = 1 if tensors[6] is None else lora_a.shape[0]
+        scales = torch.ones(adapters, dtype=torch.float64, device=x.device) * scale
+        tensors, form = (*tensors[:5], scales, *tensors[6:]), (1.0, form[1])
     try:
         if torch.is_grad_enabled() and any([t.requires_grad for t in inputs]):
             return LoraLinearFunction.apply(*tensors, *form)[0]
