@@ -72,7 +72,7 @@ void weight_gradient(const LoraLinearCall& call, void* dweight) {
                                 }};
   const int64_t partials = partial_sums(gradient, work.size());
   const at::Tensor buffer = at::empty({partials * gradient.partial_bytes}, at::kByte);
-  if (args.rows == 0) buffer.zero_();
+  if (work.size() == 0) buffer.zero_();
   run_weight_gradient(gradient, work, k.backward_weight_scratch(args, work.max_rows()), partials, false, buffer.mutable_data_ptr());
   parallel_items((args.out + kReduceRows - 1) / kReduceRows, 0, [&](int64_t item, void*) {
     k.reduce_weight(args, buffer.const_data_ptr(), partials, dweight, item * kReduceRows, std::min(args.out, (item + 1) * kReduceRows));

@@ -13,8 +13,8 @@ namespace pykernels {
 
 LoraLinearCall::LoraLinearCall(const LoraLinearInputs& in, uint32_t stream) {
   args.stream = stream;
-  check_shapes(in);
   const Dtype dtype = dtype_of(in.x);
+  check_shapes(in);
   sum_type = dtype == Dtype::float64 ? at::kDouble : at::kFloat;
   kernels = PYKERNELS_OF_TIER(tier_for(dtype), lora_linear_kernels)(dtype, dtype == Dtype::float32 && float32_allows_bf16());
   x = rows_of(in.x, args.in);
@@ -61,8 +61,10 @@ void LoraLinearCall::check_shapes(const LoraLinearInputs& in) {
                     " like weight and R = ", args.rank, dims == 3 ? " (and E) like lora_a" : " like lora_a", ", got shape ",
                     in.lora_b.sizes());
   TORCH_CHECK_VALUE(std::isfinite(in.scale), "scale: expected a finite number, got ", in.scale);
-  TORCH_CHECK_VALUE(in.adapter_index || !in.scales, "scale: expected a number without adapter_index, got a tensor");
-  if (in.scales) check_shape("scale", in.scales, {args.adapters});
+  if (in.scales) {
+    TORCH_CHECK_TYPE(in.scales->is_floating_point(), "scale: expected a floating dtype, got ", in.scales->scalar_type());
+    check_shape("scale", in.scales, {args.adapters});
+  }
   out_shape = in.x.sizes().vec();
   out_shape.back() = args.out;
 }
@@ -74,6 +76,7 @@ void LoraLinearCall::set_adapters(const LoraLinearInputs& in) {
   if (in.scales) {
     const at::Tensor scales = in.scales->to(at::kDouble).contiguous();
     scales_.assign(scales.const_data_ptr<double>(), scales.const_data_ptr<double>() + args.adapters);
+    for (double scale : scales_) TORCH_CHECK_VALUE(std::isfinite(scale), "scale: expected finite numbers, got ", scale);
   } else {
     scales_.assign(args.adapters, in.scale);
   }

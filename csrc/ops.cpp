@@ -43,7 +43,7 @@ TORCH_LIBRARY(pykernels, m) {
       "-> (Tensor dx, Tensor dweight, Tensor dquery, Tensor dbias, Tensor dgate_weight, Tensor dgate_bias)");
 
   // y, and for backward S = drop(x) A^T in the arithmetic type [rows, R] and the bits of dropout, one for each element of x (empty
-  // without dropout). scales [E] and adapter_index are for adapters [E, R, K] and [E, N, R].
+  // without dropout). With adapter_index the adapters are [E, R, K] and [E, N, R]; scales [E], or [1] without it, stand for scale.
   m.def(
       "_lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? scales, Tensor? adapter_index, "
       "Tensor? seed, float scale, float dropout) -> (Tensor y, Tensor s, Tensor keep)");

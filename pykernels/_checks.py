@@ -39,6 +39,10 @@ def check_like(name: str, t: Tensor | None, x: Tensor) -> None:
     check_tensor(name, t)
     if t.dtype != x.dtype:
         raise TypeError(f"{name}: expected {name_of(x.dtype)} like x, got {name_of(t.dtype)}")
+    check_device(name, t, x)
+
+
+def check_device(name: str, t: Tensor, x: Tensor) -> None:
     if t.device != x.device:
         raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {t.device}")
 
@@ -306,8 +310,7 @@ def check_lora_linear(
         if t.dtype not in allowed:
             wanted = f"{name_of(x.dtype)} like x" + ("" if x.dtype == torch.float64 else " or float32")
             raise TypeError(f"{name}: expected {wanted}, got {name_of(t.dtype)}")
-        if t.device != x.device:
-            raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {t.device}")
+        check_device(name, t, x)
     if lora_b.dtype != lora_a.dtype:
         raise TypeError(f"lora_b: expected {name_of(lora_a.dtype)} like lora_a, got {name_of(lora_b.dtype)}")
     several = adapter_index is not None
@@ -326,21 +329,26 @@ def check_lora_linear(
     if isinstance(scale, int | float) and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if scales is not None:
-        if not several:
-            raise ValueError("scale: expected a number without adapter_index, got a tensor")
-        check_shape("scale", scales, lora_a.shape[:1])
+        if not scales.is_floating_point():
+            raise TypeError(f"scale: expected a floating dtype, got {name_of(scales.dtype)}")
+        check_device("scale", scales, x)
+        check_shape("scale", scales, lora_a.shape[:1] if several else (1,))
+        if has_data(scales) and not bool(scales.isfinite().all()):
+            raise ValueError(f"scale: expected finite numbers, got {scales.tolist()}")
     if adapter_index is not None:
-        check_adapter_index(adapter_index, x.shape[:-1], lora_a.shape[0])
+        check_adapter_index(adapter_index, x, lora_a.shape[0])
     check_dropout("dropout", dropout)
     if dropout and seed is None:
         raise ValueError("seed: expected a 0-d int64 tensor with dropout, got None")
     return (*x.shape[:-1], outputs)
 
 
-def check_adapter_index(index: Tensor, leading: Sequence[int], adapters: int) -> None:
+def check_adapter_index(index: Tensor, x: Tensor, adapters: int) -> None:
     check_tensor("adapter_index", index)
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"adapter_index: expected int32 or int64, got {name_of(index.dtype)}")
+    check_device("adapter_index", index, x)
+    leading = x.shape[:-1]
     if tuple(index.shape) != tuple(leading[: index.dim()]):
         raise ValueError(
             f"adapter_index: expected a leading part of x's leading shape {list(leading)}, "

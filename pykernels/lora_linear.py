@@ -47,11 +47,12 @@ def lora_linear_ref(
     d = x
     if dropout:
         assert seed is not None
-        draws = random_bits.draws16(seed, x.shape[:-1].numel(), x.shape[-1], stream).view(x.shape)
+        draws = random_bits.draws16(seed, x.shape[:-1].numel(), x.shape[-1], stream).view(x.shape).to(x.device)
         d = x * random_bits.dropout_factors(draws, dropout).to(x.dtype)
     d = d.to(lora_a.dtype)
     if adapter_index is None:
-        return (y + F.linear(F.linear(d, lora_a), lora_b) * scale).to(y.dtype)
+        low_rank = F.linear(F.linear(d, lora_a), lora_b) * (scale if scales is None else scales[0])
+        return (y + low_rank).to(y.dtype)
     index = adapter_index.view(*adapter_index.shape, *(1,) * (x.dim() - adapter_index.dim()))
     low_rank = torch.zeros_like(y, dtype=torch.promote_types(y.dtype, lora_a.dtype))
     for e in range(lora_a.shape[0]):
@@ -148,7 +149,9 @@ def _differentiable_gradients(dy: Tensor, tensors: list[Any], form: Any, needs: 
     alias = [t.view_as(t) if needed else t for t, needed in zip(tensors, needs, strict=False)]
     with torch.enable_grad():
         y = lora_linear_ref(*alias, *tensors[DIFFERENTIABLE:], *form)
-    grads = iter(torch.autograd.grad(y, [t for t, n in zip(alias, needs, strict=True) if n], dy, create_graph=True))
+    wanted = [t for t, needed in zip(alias, needs, strict=True) if needed]
+    # materialize_grads: without adapters, E = 0, the expression uses neither lora_a nor lora_b.
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, materialize_grads=True))
     return [next(grads) if needed else None for needed in needs]
 
 
@@ -195,6 +198,11 @@ def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, 
         return lora_linear_ref(*tensors, *form)
     inputs = [t for t in tensors[:DIFFERENTIABLE] if isinstance(t, Tensor)]
     refuse_forward_mode(inputs)
+    if torch.compiler.is_compiling() and tensors[5] is None:
+        # A number given to an operator is a constant of the graph, which every other number would compile anew.
+        adapters = 1 if tensors[6] is None else lora_a.shape[0]
+        scales = torch.ones(adapters, dtype=torch.float64, device=x.device) * scale
+        tensors, form = (*tensors[:5], scales, *tensors[6:]), (1.0, form[1])
     try:
         if torch.is_grad_enabled() and any([t.requires_grad for t in inputs]):
             return LoraLinearFunction.apply(*tensors, *form)[0]

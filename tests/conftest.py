@@ -2,6 +2,7 @@
 
 backend   runs the test on the reference and on the CPU kernels of every tier that this machine has
 kernels   the same without the reference
+amx       the AMX tier, in an emulator where the processor has none
 poison    (always on) memory that is not initialised holds NaN instead of convenient zeros
 """
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from pykernels import _extension
+from tests import amx_on_cpu
 
 _C = _extension._C
 TIERS = [name for name, usable, _ in _C.cpu_tiers() if usable] if _C is not None else []
@@ -48,6 +50,37 @@ def extension() -> object:
     return _C
 
 
+def _no_amx() -> str | None:
+    if _C is None:
+        return f"no compiled extension: {_extension.reason}"
+    if "amx" in TIERS:
+        return None
+    # The tier's other instructions are executed as they are.
+    emulated = "avx512_bf16" in TIERS and not amx_on_cpu.unavailable()
+    return None if emulated else "needs AVX512-BF16 around the emulated AMX"
+
+
+@pytest.fixture
+def amx() -> Iterator[None]:
+    """The AMX tier. Where it is emulated, the test must have multiplied tiles."""
+    if reason := _no_amx():
+        pytest.skip(reason)
+    emulator = amx_on_cpu.enable() if amx_on_cpu.needed() else None
+    before, multiplied = _C.cpu_tier(), emulator.counts()["TDPBF16PS"] if emulator else 0
+    _C.set_cpu_tier_unchecked("amx")
+    yield
+    _C.set_cpu_tier(before)
+    assert emulator is None or emulator.counts()["TDPBF16PS"] > multiplied
+
+
+@pytest.fixture
+def forget_compiled() -> Iterator[None]:
+    """torch.compile begins anew."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def _fill_malloc(on: bool) -> None:
     # M_PERTURB of the C library: new memory, which is what the kernels' scratch comes from, holds the complement of the
     # low byte of a value that is not zero. 0xff everywhere is NaN in every floating type.
@@ -77,7 +110,7 @@ def poison(request: pytest.FixtureRequest) -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     """Tensors are small here, and threads that wait for each other on a busy machine take most of the time.
 
-    That results do not depend on their number is tested on its own (test_gated_conv_determinism.py).
+    That results do not depend on their number is tested on its own (test_*_determinism.py).
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,21 +1,26 @@
-"""What operator tests share: the error rule, tensors in every layout, and random cases of gated_conv1d."""
+"""What operator tests share: the error rule, layouts, equality over runs and threads, memory, exports."""
 
 from __future__ import annotations
 
+import gc
 import math
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+import resource
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from pykernels import gated_conv1d
+Results = dict[str, Tensor]
+T = TypeVar("T")
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 FORWARD, GRADIENT = 2.0, 3.0
+SIZES = (1, 2, 3, 7, 17, 31, 33, 63, 65, 127, 129, 1000)  # around vectors and tiles
 
 
 # --- the error rule ---
@@ -88,169 +93,157 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# --- cases of gated_conv1d ---
+def far_apart(t: Tensor, dimension: int) -> Tensor:
+    """t, 3-d float16, with one stride so large that its last element is more than 2**31 elements behind its first."""
+    strides = [t.shape[1] * t.shape[2], t.shape[2], 1]
+    strides[dimension] = 2**31 // (t.shape[dimension] - 1) + 64
+    last = sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))
+    assert last > 2**31
+    # Zeros that no memory stands behind until they are written.
+    storage = torch.from_numpy(np.zeros(last + 1, np.float16))
+    return storage.as_strided(t.shape, strides).copy_(t)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One configuration. cond: "none", "one" row a sequence, "all" rows. rows: "all", "mask", "lengths" or "packed"."""
-
-    B: int = 2
-    L: int = 19
-    C_in: int = 5
-    C_out: int = 5
-    K: int = 3
-    dilation: int = 2
-    padding: str = "same"
-    residual: str = "highway"
-    value_act: str = "identity"
-    split: str = "value_gate"
-    two_weights: bool = False
-    bias: bool = True
-    cond: str = "none"
-    rows: str = "all"
-    gate_dropout: float = 0.0
-    gate_noise: float = 0.0
-
-    @property
-    def reach(self) -> int:
-        return self.dilation * (self.K - 1)
-
-    @property
-    def L_out(self) -> int:
-        return self.L - self.reach if self.padding == "valid" else self.L
-
-    @property
-    def legal(self) -> bool:
-        return (
-            self.L_out >= 0
-            and (self.residual == "none" or self.C_in == self.C_out)
-            and not (self.padding == "valid" and self.rows == "packed")
-        )
-
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(zlib.crc32(repr(self).encode()))
-
-    def options(self) -> dict[str, Any]:
-        """Arguments without gradients. Lengths reach from 0 to L; the mask has holes and a row that is all False."""
-        generator = self.generator()
-        options: dict[str, Any] = {
-            name: getattr(self, name) for name in ("dilation", "padding", "residual", "value_act", "split")
-        }
-        lengths = torch.randint(0, self.L + 1, (self.B,), generator=generator)
-        lengths[:1], lengths[1:2] = self.L, 0
-        if self.rows == "mask":
-            options["mask"] = torch.rand(self.B, self.L, generator=generator) < 0.6
-            options["mask"][1:2] = False
-        elif self.rows == "lengths":
-            options["lengths"] = lengths
-        elif self.rows == "packed":
-            options["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
-        if self.gate_dropout or self.gate_noise:
-            options |= {
-                "gate_dropout": self.gate_dropout,
-                "gate_noise": self.gate_noise,
-                "training": True,
-                "seed": 1234,
-            }
-        return options
-
-    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Arguments with gradients, of order one: weights are scaled so that h is."""
-        generator = self.generator()
-        leading = [self.B, self.L]
-        conditioned = [self.B, self.L_out]
-        if self.rows == "packed":
-            conditioned = leading = [int(self.options()["cu_seqlens"][-1])]
-        outputs = self.C_out if self.two_weights else 2 * self.C_out
-        shapes = {"x": [*leading, self.C_in], "weight": [outputs, self.C_in, self.K]}
-        if self.bias:
-            shapes["bias"] = [outputs]
-        if self.two_weights:
-            shapes["gate_weight"] = shapes["weight"]
-            if self.bias:
-                shapes["gate_bias"] = [outputs]
-        if self.cond != "none":
-            shapes["cond"] = [*(conditioned if self.cond == "all" else [self.B, 1]), 2 * self.C_out]
-        scale = {"weight": (self.K * self.C_in) ** -0.5, "gate_weight": (self.K * self.C_in) ** -0.5}
-        return {
-            name: (torch.randn(shape, generator=generator) * scale.get(name, 1.0)).to(dtype)
-            for name, shape in shapes.items()
-        }
-
-    def dy(self, y: Tensor) -> Tensor:
-        return torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
+# --- equality ---
 
 
-def evaluate(
-    inputs: dict[str, Tensor],
-    dy: Tensor | Callable[[Tensor], Tensor] | None,
-    call: Callable[..., Tensor] = gated_conv1d,
-    **options: Any,
-) -> dict[str, Tensor]:
-    """{"y": y, "dx": dx, "dweight": ...}: the output and, unless dy is None, the gradients of all inputs."""
-    if dy is None:
-        with torch.no_grad():
-            return {"y": call(**inputs, **options)}
-    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
-    y = call(**leaves, **options)
-    grads = torch.autograd.grad(y, list(leaves.values()), dy(y) if callable(dy) else dy)
-    return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A case in one dtype, with the result in fp64 and that of the PyTorch expression in this dtype."""
-
-    case: Case
-    inputs: dict[str, Tensor]
-    options: dict[str, Any]
-    truth: dict[str, Tensor]
-    same: dict[str, Tensor]
-
-    def check(self, actual: dict[str, Tensor]) -> None:
-        """The error rule for every result in `actual`."""
-        rows = max(1, self.truth["y"].numel() // max(1, self.case.C_out))
-        # Every result has the rounding of h in it; gradients are then sums over outputs, or over rows.
-        h = self.case.K * self.case.C_in
-        terms = {"y": h, "dx": h + 2 * self.case.K * self.case.C_out}
-        for name, got in actual.items():
-            truth, dtype = self.truth[name], got.dtype
-            count = terms.get(name, h + rows)
-            # Gradients of parameters are sums over rows of values of order one.
-            scale = 1.0 if name in ("y", "dx") else math.sqrt(rows)
-            assert_close_to_reference(
-                got,
-                truth,
-                self.same[name],
-                factor=FORWARD if name == "y" else GRADIENT,
-                floor=rounding_floor(truth, dtype, count, scale),
-                what=f"{name} of {self.case} in {dtype}",
-            )
-            assert got.is_contiguous(), f"{name} of {self.case}: strides {got.stride()}"
-
-
-@lru_cache(maxsize=4096)
-def problem(case: Case, dtype: torch.dtype) -> Problem:
-    inputs, options = case.inputs(dtype), case.options()
-    reference = options | {"backend": "reference"}
-    same = evaluate(inputs, case.dy, **reference)
-    dy = case.dy(same["y"])
-    truth = evaluate({name: t.double() for name, t in inputs.items()}, dy.double(), **reference)
-    return Problem(case, inputs, options, truth, same)
-
-
-def check_case(case: Case, dtype: torch.dtype, backend: str, **options: Any) -> None:
-    """Inference, training and their equality, by the error rule."""
-    p = problem(case, dtype)
-    trained = evaluate(p.inputs, case.dy, **p.options, **options, backend=backend)
-    p.check(trained)
-    inferred = evaluate(p.inputs, None, **p.options, **options, backend=backend)
-    assert torch.equal(inferred["y"], trained["y"]), f"{case}: inference and training differ"
-
-
-def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], what: object = "") -> None:
+def assert_equal(a: Results, b: Results, what: object = "") -> None:
     """Bitwise equality of two results of `evaluate`, NaN not allowed."""
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), f"{name} {what}: {(a[name].double() - b[name].double()).abs().max()}"
+
+
+def assert_same(backend: str, got: Results, expected: Results, what: object, ulps: int = 8) -> None:
+    """Bitwise on the kernels; PyTorch itself may sum in another order where strides differ."""
+    if backend == "cpu":
+        assert_equal(got, expected, what)
+    # The coarsest dtype also rounds the products that other results are sums of.
+    eps = max(torch.finfo(t.dtype).eps for t in got.values())
+    for name in got:
+        assert torch.allclose(got[name], expected[name], rtol=ulps * eps, atol=4 * ulps * eps), f"{name} {what}"
+
+
+def assert_equal_over_runs_and_threads(train: Callable[[], Results], infer: Callable[[], Results], runs: int) -> None:
+    """Bit for bit: `runs` runs with two threads, one with one and with three; inference gives what training gives."""
+    expected = train()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for _ in range(runs if threads == 2 else 1):
+            assert_equal(train(), expected, f"with {threads} threads")
+        for name, t in infer().items():
+            assert torch.equal(t, expected[name]), f"{name}: inference with {threads} threads"
+
+
+def assert_equal_from_several_threads(calls: Sequence[Callable[[], Results]]) -> None:
+    """Four rounds of all calls from four threads give what they give one after the other."""
+    expected = [call() for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        for i, job in enumerate([pool.submit(call) for call in list(calls) * 4]):
+            assert_equal(job.result(), expected[i % len(calls)])
+
+
+def by_precision(run: Callable[[], T]) -> dict[str, T]:
+    """What `run` gives with each of PyTorch's settings of float32 matrix products."""
+    before, results = torch.get_float32_matmul_precision(), {}
+    try:
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            results[precision] = run()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return results
+
+
+# --- memory ---
+
+
+def resident_bytes() -> int:
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def assert_memory_stays_flat(module: torch.nn.Module, batch: int) -> None:
+    """2,500 calls with x [batch, L, 32] and ever other L keep nothing, neither in the module nor in the process."""
+    lengths = torch.randint(1, 400, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def run(lengths: list[int], training: bool) -> None:
+        for n in lengths:
+            with torch.set_grad_enabled(training):
+                out = module(torch.zeros(batch, n, 32))
+                if training:
+                    out.sum().backward()
+
+    run([400] * 20, True)
+    run(lengths[:200], True)
+    attributes = dict(module.__dict__)
+    gc.collect()
+    before = resident_bytes()
+    run(lengths[::4], True)
+    run(lengths, False)
+    assert resident_bytes() - before < 8 << 20
+    assert module.__dict__ == attributes
+
+
+def bytes_kept_for_backward(call: Callable[[], Tensor], given: Iterable[Tensor], with_result: bool = True) -> int:
+    """Bytes of what the call saves besides the tensors in `given` and, unless with_result, its result."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = call()
+    for t in (*given, *([] if with_result else [result])):
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+# --- exports and function transforms ---
+
+
+def is_standard(graph: torch.fx.Graph | torch._C.Graph) -> bool:
+    """Only PyTorch's own operators, no call into this package."""
+    if isinstance(graph, torch._C.Graph):
+        return {node.kind().split("::")[0] for node in graph.nodes()} <= {"aten", "prim"}
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    return all(t.namespace in ("aten", "prims") for t in targets if isinstance(t, torch._ops.OpOverload)) and all(
+        isinstance(t, torch._ops.OpOverload) or "pykernels" not in getattr(t, "__module__", "") for t in targets
+    )
+
+
+def through_onnx(
+    module: torch.nn.Module, example: tuple[Tensor, ...], shapes: Any, folder: Path
+) -> Callable[..., list[Tensor]]:
+    """The module as the evaluator of the onnx package runs it, after an export that holds standard operators only."""
+    pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript (in the test extra)")
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    options = {"dynamo": True, "dynamic_shapes": shapes, "verbose": False, "external_data": False}
+    torch.onnx.export(module, example, folder / "model.onnx", **options)
+    model = onnx.load(folder / "model.onnx")
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"} and not model.functions
+    names, evaluator = [i.name for i in model.graph.input], ReferenceEvaluator(model)
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        arrays = {name: t.numpy() for name, t in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(t) for t in evaluator.run(None, arrays)]
+
+    return run
+
+
+def assert_transforms_are_refused(operator: str, call: Callable[[Tensor], Any], x: Tensor) -> None:
+    """torch.vmap over x, and forward mode at x[0], raise errors that begin with the operator's name."""
+    with pytest.raises(NotImplementedError, match=f"^{operator}: torch.vmap"):
+        torch.vmap(call)(x)
+    with pytest.raises(NotImplementedError, match=f"^{operator}: forward-mode"):
+        torch.func.jvp(call, (x[0],), (x[0],))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match=f"^{operator}: forward-mode"),
+    ):
+        call(torch.autograd.forward_ad.make_dual(x[0], x[1]))

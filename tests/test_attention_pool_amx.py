@@ -1,32 +1,17 @@
 """attention_pool in the AMX tier: its compiled instructions run, in an emulator where the processor has none."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from pykernels import _extension, attention_pool
-from tests import amx_on_cpu
 from tests.attention_pool_cases import PoolCase, check_case, evaluate
-from tests.helpers import LAYOUTS, assert_equal
-from tests.test_gated_conv_amx import why_not
+from tests.helpers import LAYOUTS, assert_equal, by_precision
 
 _C = _extension._C
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-
-
-@pytest.fixture(autouse=True)
-def amx() -> Iterator[None]:
-    """The AMX tier. Where it is emulated, the test must have multiplied tiles."""
-    emulator = amx_on_cpu.enable() if amx_on_cpu.needed() else None
-    before, multiplied = _C.cpu_tier(), emulator.counts()["TDPBF16PS"] if emulator else 0
-    _C.set_cpu_tier_unchecked("amx")
-    yield
-    _C.set_cpu_tier(before)
-    assert emulator is None or emulator.counts()["TDPBF16PS"] > multiplied
-
+pytestmark = pytest.mark.usefixtures("amx")
 
 # Heights below, at and above one and two tiles; widths around the 16 columns and the 32 inner elements of a tile.
 SIZES = [
@@ -84,12 +69,6 @@ def test_float32_in_bf16_where_pytorch_allows_it() -> None:
     """Only "medium" allows it; "high" and "highest" multiply in float32, which is far more exact."""
     inputs = PoolCase(B=2, L=40, D=40, H=40).inputs(torch.float32)
     truth = attention_pool(**{name: t.double() for name, t in inputs.items()}, backend="reference")
-    before, errors = torch.get_float32_matmul_precision(), {}
-    try:
-        for precision in ("highest", "high", "medium"):
-            torch.set_float32_matmul_precision(precision)
-            errors[precision] = (attention_pool(**inputs, backend="cpu").double() - truth).abs().max().item()
-    finally:
-        torch.set_float32_matmul_precision(before)
+    errors = by_precision(lambda: (attention_pool(**inputs, backend="cpu").double() - truth).abs().max().item())
     assert errors["high"] == errors["highest"] < 1e-5
     assert 1e-5 < errors["medium"] < 0.1

@@ -1,7 +1,6 @@
 """attention_pool under torch.compile, export, ONNX, autocast, opcheck and function transforms. `#n` names a line of the
 project's failure checklist."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from pykernels import AttentionPool, attention_pool
 from tests.attention_pool_cases import PoolCase, evaluate, problem
-from tests.helpers import LAYOUTS, assert_equal
-from tests.test_gated_conv_compile import is_standard
+from tests.helpers import LAYOUTS, assert_equal, assert_transforms_are_refused, is_standard, through_onnx
 
 CASES = {
     "plain": PoolCase(),
@@ -24,11 +22,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def forget_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("forget_compiled")
 
 
 # --- raw operators ---
@@ -201,7 +195,7 @@ def test_jit_trace_has_standard_operators_only() -> None:
     """What the older ONNX exporter and many serving stacks start from; other lengths than the traced one work."""
     module = AttentionPool(6, 5, 2, gated=True).eval()
     traced = torch.jit.trace(module, (torch.randn(2, 9, 6),), check_trace=False)
-    assert {node.kind().split("::")[0] for node in traced.inlined_graph.nodes()} <= {"aten", "prim"}
+    assert is_standard(traced.inlined_graph)
     x = torch.randn(3, 21, 6)
     assert torch.allclose(traced(x), module(x), atol=1e-5)
 
@@ -210,26 +204,14 @@ def test_jit_trace_has_standard_operators_only() -> None:
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_onnx_export_has_standard_operators_only(with_mask: bool, tmp_path: Any) -> None:
     """Acceptance 7: dynamic B and L, parity at two lengths in the evaluator of the onnx package."""
-    pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript (in the test extra)")
-    import onnx
-    from onnx.reference import ReferenceEvaluator
-
     module = Arguments(["mask"] if with_mask else [], return_scores="softmax").eval()
     batch, length = torch.export.Dim("B"), torch.export.Dim("L", min=4)
     example = (torch.randn(2, 9, 6), torch.ones(2, 9, dtype=torch.bool))[: 2 if with_mask else 1]
     dims = {0: batch, 1: length}
-    torch.onnx.export(
-        module, example, tmp_path / "pool.onnx", dynamo=True, dynamic_shapes=(dims, (dims,)) if with_mask else (dims,),
-        verbose=False, external_data=False,
-    )  # fmt: skip
-    model = onnx.load(tmp_path / "pool.onnx")
-    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"} and not model.functions
-    evaluator = ReferenceEvaluator(model)
+    exported = through_onnx(module, example, (dims, (dims,)) if with_mask else (dims,), tmp_path)
     for b, n in [(1, 40), (3, 5)]:
         inputs = (torch.randn(b, n, 6), torch.rand(b, n) < 0.7)[: len(example)]
-        names = [i.name for i in model.graph.input]
-        got = evaluator.run(None, {name: t.numpy() for name, t in zip(names, inputs, strict=True)})
-        assert_equal_results([torch.from_numpy(t) for t in got], module(*inputs))
+        assert_equal_results(exported(*inputs), module(*inputs))
 
 
 # --- autocast ---
@@ -294,12 +276,4 @@ def test_vmap_and_forward_mode_are_refused_by_name(kernels: str) -> None:
             return attention_pool(t, weight, query, backend=kernels)
 
         with torch.set_grad_enabled(gradients):
-            with pytest.raises(NotImplementedError, match="^attention_pool: torch.vmap"):
-                torch.vmap(call)(x)
-            with pytest.raises(NotImplementedError, match="^attention_pool: forward-mode"):
-                torch.func.jvp(call, (x[0],), (x[0],))
-            with (
-                torch.autograd.forward_ad.dual_level(),
-                pytest.raises(NotImplementedError, match="^attention_pool: forward-mode"),
-            ):
-                call(torch.autograd.forward_ad.make_dual(x[0], x[1]))
+            assert_transforms_are_refused("attention_pool", call, x)

@@ -1,8 +1,7 @@
 """attention_pool: equal bits over runs and threads, backward twice, checkpointing, flat memory. `#n` names a line of
 the project's failure checklist."""
 
-import gc
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +9,13 @@ from torch.utils.checkpoint import checkpoint
 
 from pykernels import AttentionPool, attention_pool
 from tests.attention_pool_cases import PoolCase, evaluate, problem
-from tests.helpers import FLOATS, assert_equal
-from tests.test_gated_conv_determinism import resident_bytes
+from tests.helpers import (
+    FLOATS,
+    assert_equal,
+    assert_equal_from_several_threads,
+    assert_equal_over_runs_and_threads,
+    assert_memory_stays_flat,
+)
 
 # Enough rows for several chunks and units of work, and sums over rows that any change of their order would alter.
 CASES = [
@@ -30,16 +34,11 @@ def test_twenty_runs_and_all_numbers_of_threads_are_equal(index: int, dtype: str
     """#14, #27, acceptance 11: outputs, scores and gradients bit for bit."""
     p = problem(CASES[index], FLOATS[dtype])
     p.check(evaluate(p.inputs, p.case.gradients, **p.options, backend=kernels))
-    expected = None
-    runs = 20 if index < 3 and dtype in ("fp32", "bf16") else 2
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        for _ in range(runs if threads == 2 else 1):
-            got = evaluate(p.inputs, p.case.gradients, **p.options, backend=kernels)
-            expected = expected or got
-            assert_equal(got, expected, f"with {threads} threads")
-        inferred = evaluate(p.inputs, None, **p.options, backend=kernels)
-        assert all(torch.equal(t, expected[name]) for name, t in inferred.items())
+    assert_equal_over_runs_and_threads(
+        lambda: evaluate(p.inputs, p.case.gradients, **p.options, backend=kernels),
+        lambda: evaluate(p.inputs, None, **p.options, backend=kernels),
+        runs=20 if index < 3 and dtype in ("fp32", "bf16") else 2,
+    )
 
 
 def test_waves_of_rows_do_not_depend_on_threads(extension: object) -> None:
@@ -58,14 +57,9 @@ def test_waves_of_rows_do_not_depend_on_threads(extension: object) -> None:
 def test_calls_from_several_threads_at_once(kernels: str) -> None:
     """#27: a server calls from its own threads."""
     problems = [problem(case, torch.float32) for case in CASES]
-    expected = [evaluate(p.inputs, p.case.gradients, **p.options, backend=kernels) for p in problems]
-    with ThreadPoolExecutor(4) as pool:
-        jobs = [
-            (i, pool.submit(evaluate, p.inputs, p.case.gradients, **p.options, backend=kernels))
-            for i, p in enumerate(problems * 4)
-        ]
-        for i, job in jobs:
-            assert_equal(job.result(), expected[i % len(problems)])
+    assert_equal_from_several_threads(
+        [partial(evaluate, p.inputs, p.case.gradients, **p.options, backend=kernels) for p in problems]
+    )
 
 
 def test_backward_twice(kernels: str) -> None:
@@ -117,23 +111,5 @@ def test_inference_mode(backend: str) -> None:
 
 
 def test_memory_stays_flat_over_lengths(extension: object) -> None:
-    """#28, acceptance 9: 2,000 calls with ever other lengths keep nothing, neither in the module nor in the process."""
-    module = AttentionPool(32, 32)
-    lengths = torch.randint(1, 400, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
-
-    def run(lengths: list[int], training: bool) -> None:
-        for n in lengths:
-            with torch.set_grad_enabled(training):
-                out = module(torch.zeros(2, n, 32))
-                if training:
-                    out.sum().backward()
-
-    run([400] * 20, True)
-    run(lengths[:200], True)
-    attributes = dict(module.__dict__)
-    gc.collect()
-    before = resident_bytes()
-    run(lengths[::4], True)
-    run(lengths, False)
-    assert resident_bytes() - before < 8 << 20
-    assert module.__dict__ == attributes
+    """#28, acceptance 9."""
+    assert_memory_stays_flat(AttentionPool(32, 32), batch=2)

@@ -4,6 +4,7 @@ the project's failure checklist."""
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,14 +15,13 @@ from torch import Tensor
 
 from pykernels import attention_pool
 from tests.attention_pool_cases import PoolCase, check_case, evaluate, problem
-from tests.helpers import FLOATS, assert_equal
+from tests.helpers import FLOATS, SIZES, assert_equal, by_precision, bytes_kept_for_backward
 
 ACTIVATIONS, ROWS, RETURNED = (
     ("tanh", "swish", "relu", "gelu"),
     ("all", "mask", "lengths", "packed"),
     (None, "raw", "softmax"),
 )
-SIZES = (1, 2, 3, 7, 17, 31, 33, 63, 65, 127, 129, 1000)
 
 
 # --- the definition ---
@@ -262,19 +262,11 @@ def test_bytes_kept_for_backward(dtype: str, recompute: bool, kernels: str) -> N
     unless it is asked for: then the preactivations in x's dtype."""
     case = PoolCase(B=4, L=50, D=16, H=96, J=2)
     leaves = {name: t.requires_grad_() for name, t in case.inputs(FLOATS[dtype]).items()}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = attention_pool(**leaves, recompute=recompute, backend=kernels)
-    for t in (*leaves.values(), out):
-        kept.pop(t.untyped_storage().data_ptr(), None)
-    preactivations = 0 if recompute else 4 * 50 * 96 * out.element_size()
-    unrounded = 4 * out.numel() if dtype == "bf16" else 0
-    assert sum(kept.values()) == 4 * (2 * 4 * 50 + 2 * 2 * 4) + unrounded + preactivations
+    call = partial(attention_pool, **leaves, recompute=recompute, backend=kernels)
+    kept = bytes_kept_for_backward(call, leaves.values(), with_result=False)
+    preactivations = 0 if recompute else 4 * 50 * 96 * FLOATS[dtype].itemsize
+    unrounded = 4 * 4 * 2 * 16 if dtype == "bf16" else 0
+    assert kept == 4 * (2 * 4 * 50 + 2 * 2 * 4) + unrounded + preactivations
 
 
 @pytest.mark.parametrize("needed", ["x", "weight", "query", "bias", "gate_weight", "gate_bias"])
@@ -344,21 +336,11 @@ def test_second_derivative_where_inputs_depend_on_each_other(backend: str) -> No
 # --- precision of float32 ---
 
 
-@pytest.fixture
-def precision() -> object:
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
-def test_float32_uses_bf16_products_only_where_allowed(kernels: str, precision: object) -> None:
+def test_float32_uses_bf16_products_only_where_allowed(kernels: str) -> None:
     """ "high" is treated as "highest"; "medium" may use bf16 products, and obeys the rule with bf16's own rounding."""
     case = PoolCase(B=2, L=100, D=64, H=64)
     p = problem(case, torch.float32)
-    results = {}
-    for name in ("highest", "high", "medium"):
-        precision(name)
-        results[name] = evaluate(p.inputs, case.gradients, **p.options, backend=kernels)
+    results = by_precision(lambda: evaluate(p.inputs, case.gradients, **p.options, backend=kernels))
     assert_equal(results["highest"], results["high"])
     p.check(results["highest"])
     eps = torch.finfo(torch.bfloat16).eps

@@ -4,43 +4,18 @@ bf16 is what this tier multiplies itself; the other dtypes take the AVX-512 path
 """
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from pykernels import _extension, gated_conv1d
-from tests import amx_on_cpu
-from tests.helpers import LAYOUTS, Case, assert_equal, check_case, evaluate
+from tests.gated_conv_cases import Case, check_case, evaluate
+from tests.helpers import LAYOUTS, assert_equal, by_precision
 
 _C = _extension._C
 
-
-def why_not() -> str | None:
-    if _C is None:
-        return f"no compiled extension: {_extension.reason}"
-    usable = {name for name, ok, _ in _C.cpu_tiers() if ok}
-    if "amx" in usable:
-        return None
-    # The tier's other instructions are executed as they are.
-    emulated = "avx512_bf16" in usable and not amx_on_cpu.unavailable()
-    return None if emulated else "needs AVX512-BF16 around the emulated AMX"
-
-
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-
-
-@pytest.fixture(autouse=True)
-def amx() -> Iterator[None]:
-    """The AMX tier. Where it is emulated, the test must have multiplied tiles."""
-    emulator = amx_on_cpu.enable() if amx_on_cpu.needed() else None
-    before, multiplied = _C.cpu_tier(), emulator.counts()["TDPBF16PS"] if emulator else 0
-    _C.set_cpu_tier_unchecked("amx")
-    yield
-    _C.set_cpu_tier(before)
-    assert emulator is None or emulator.counts()["TDPBF16PS"] > multiplied
-
+pytestmark = pytest.mark.usefixtures("amx")
 
 # Heights below, at and above one and two tiles; widths around the 16 columns and the 32 inner elements of a tile.
 SIZES = [(1, 1, 1), (2, 15, 16), (1, 17, 31), (1, 33, 33), (2, 40, 32), (1, 65, 48), (9, 2, 17)]
@@ -100,12 +75,6 @@ def test_float32_in_bf16_where_pytorch_allows_it() -> None:
     """Only "medium" allows it; "high" and "highest" multiply in float32, which is far more exact."""
     inputs = Case(B=2, L=40, C_in=40, C_out=40).inputs(torch.float32)
     truth = gated_conv1d(**{name: t.double() for name, t in inputs.items()}, backend="reference")
-    before, errors = torch.get_float32_matmul_precision(), {}
-    try:
-        for precision in ("highest", "high", "medium"):
-            torch.set_float32_matmul_precision(precision)
-            errors[precision] = (gated_conv1d(**inputs, backend="cpu").double() - truth).abs().max().item()
-    finally:
-        torch.set_float32_matmul_precision(before)
+    errors = by_precision(lambda: (gated_conv1d(**inputs, backend="cpu").double() - truth).abs().max().item())
     assert errors["high"] == errors["highest"] < 1e-5
     assert 1e-4 < errors["medium"] < 0.1

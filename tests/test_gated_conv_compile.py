@@ -1,7 +1,6 @@
 """gated_conv1d under torch.compile, export, ONNX, autocast, opcheck and function transforms. `#n` names a line of the
 project's failure checklist."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from pykernels import GatedConv1d, gated_conv1d, gated_conv1d_step
-from tests.helpers import LAYOUTS, Case, assert_equal, evaluate, problem
+from tests.gated_conv_cases import Case, evaluate, problem
+from tests.helpers import LAYOUTS, assert_equal, assert_transforms_are_refused, is_standard, through_onnx
 
 CASES = {
     "plain": Case(),
@@ -22,11 +22,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def forget_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("forget_compiled")
 
 
 # --- raw operators ---
@@ -179,14 +175,6 @@ EXPORTED = {
 }
 
 
-def is_standard(graph: torch.fx.Graph) -> bool:
-    """Only PyTorch's own operators, no call into this package."""
-    targets = [node.target for node in graph.nodes if node.op == "call_function"]
-    return all(t.namespace in ("aten", "prims") for t in targets if isinstance(t, torch._ops.OpOverload)) and all(
-        isinstance(t, torch._ops.OpOverload) or "pykernels" not in getattr(t, "__module__", "") for t in targets
-    )
-
-
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", EXPORTED)
 def test_export_has_standard_operators_only(name: str, strict: bool) -> None:
@@ -242,8 +230,7 @@ def test_jit_trace_has_standard_operators_only() -> None:
     """What the older ONNX exporter and many serving stacks start from; other lengths than the traced one work."""
     stack = Stack().eval()
     traced = torch.jit.trace(stack, (torch.randn(2, 9, 8),), check_trace=False)
-    kinds = {node.kind().split("::")[0] for node in traced.inlined_graph.nodes()}
-    assert kinds <= {"aten", "prim"}
+    assert is_standard(traced.inlined_graph)
     x = torch.randn(3, 21, 8)
     assert torch.allclose(traced(x), stack(x), atol=1e-5)
 
@@ -252,25 +239,14 @@ def test_jit_trace_has_standard_operators_only() -> None:
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_onnx_export_has_standard_operators_only(with_mask: bool, tmp_path: Any) -> None:
     """Dynamic B and L, parity at two lengths in the evaluator of the onnx package."""
-    pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript (in the test extra)")
-    import onnx
-    from onnx.reference import ReferenceEvaluator
-
     stack = Stack(padding="causal", value_act="tanh").eval()
     batch, length = torch.export.Dim("B"), torch.export.Dim("L", min=4)
     example = (torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.bool))[: 2 if with_mask else 1]
-    shapes = ({0: batch, 1: length},) * len(example)
-    torch.onnx.export(
-        stack, example, tmp_path / "stack.onnx", dynamo=True, dynamic_shapes=shapes, verbose=False, external_data=False
-    )
-    model = onnx.load(tmp_path / "stack.onnx")
-    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"} and not model.functions
-    evaluator = ReferenceEvaluator(model)
+    exported = through_onnx(stack, example, ({0: batch, 1: length},) * len(example), tmp_path)
     for b, n in [(1, 40), (3, 5)]:
         inputs = (torch.randn(b, n, 8), torch.rand(b, n) < 0.7)[: len(example)]
-        names = [i.name for i in model.graph.input]
-        (got,) = evaluator.run(None, {name: t.numpy() for name, t in zip(names, inputs, strict=True)})
-        assert torch.allclose(torch.from_numpy(got), stack(*inputs), atol=1e-5)
+        (got,) = exported(*inputs)
+        assert torch.allclose(got, stack(*inputs), atol=1e-5)
 
 
 # --- autocast ---
@@ -335,12 +311,4 @@ def test_vmap_and_forward_mode_are_refused_by_name(kernels: str) -> None:
     for gradients in (False, True):
         weight.requires_grad_(gradients)
         with torch.set_grad_enabled(gradients):
-            with pytest.raises(NotImplementedError, match="^gated_conv1d: torch.vmap"):
-                torch.vmap(lambda t: gated_conv1d(t, weight, backend=kernels))(x)
-            with pytest.raises(NotImplementedError, match="^gated_conv1d: forward-mode"):
-                torch.func.jvp(lambda t: gated_conv1d(t, weight, backend=kernels), (x[0],), (x[0],))
-            with (
-                torch.autograd.forward_ad.dual_level(),
-                pytest.raises(NotImplementedError, match="^gated_conv1d: forward-mode"),
-            ):
-                gated_conv1d(torch.autograd.forward_ad.make_dual(x[0], x[1]), weight, backend=kernels)
+            assert_transforms_are_refused("gated_conv1d", lambda t: gated_conv1d(t, weight, backend=kernels), x)

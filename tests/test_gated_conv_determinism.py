@@ -1,16 +1,20 @@
 """gated_conv1d: equal bits over runs and threads, backward twice, checkpointing, flat memory. `#n` names a line of the
 project's failure checklist."""
 
-import gc
-import resource
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from pykernels import GatedConv1d, gated_conv1d
-from tests.helpers import FLOATS, Case, assert_equal, evaluate, problem
+from tests.gated_conv_cases import Case, evaluate, problem
+from tests.helpers import (
+    FLOATS,
+    assert_equal_from_several_threads,
+    assert_equal_over_runs_and_threads,
+    assert_memory_stays_flat,
+)
 
 # Enough rows for several blocks, and sums over rows that any change of their order would alter.
 CASES = [
@@ -30,31 +34,19 @@ def test_twenty_runs_and_all_numbers_of_threads_are_equal(index: int, dtype: str
     """#14, #27, acceptance 11: outputs and gradients bit for bit."""
     p = problem(CASES[index], FLOATS[dtype])
     p.check(evaluate(p.inputs, p.case.dy, **p.options, backend=kernels))
-    expected = None
-    runs = 20 if index < 3 and dtype in ("fp32", "bf16") else 2
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        for _ in range(runs if threads == 2 else 1):
-            got = evaluate(p.inputs, p.case.dy, **p.options, backend=kernels)
-            expected = expected or got
-            assert_equal(got, expected, f"with {threads} threads")
-        inferred = evaluate(p.inputs, None, **p.options, backend=kernels)["y"]
-        assert torch.equal(inferred, expected["y"])
+    assert_equal_over_runs_and_threads(
+        lambda: evaluate(p.inputs, p.case.dy, **p.options, backend=kernels),
+        lambda: evaluate(p.inputs, None, **p.options, backend=kernels),
+        runs=20 if index < 3 and dtype in ("fp32", "bf16") else 2,
+    )
 
 
 def test_calls_from_several_threads_at_once(kernels: str) -> None:
     """#27: a server calls from its own threads."""
-    from concurrent.futures import ThreadPoolExecutor
-
     problems = [problem(case, torch.float32) for case in CASES]
-    expected = [evaluate(p.inputs, p.case.dy, **p.options, backend=kernels) for p in problems]
-    with ThreadPoolExecutor(4) as pool:
-        jobs = [
-            (i, pool.submit(evaluate, p.inputs, p.case.dy, **p.options, backend=kernels))
-            for i, p in enumerate(problems * 4)
-        ]
-        for i, job in jobs:
-            assert_equal(job.result(), expected[i % len(problems)])
+    assert_equal_from_several_threads(
+        [partial(evaluate, p.inputs, p.case.dy, **p.options, backend=kernels) for p in problems]
+    )
 
 
 def test_backward_twice(kernels: str) -> None:
@@ -105,36 +97,9 @@ def test_inference_mode(backend: str) -> None:
     assert y.is_inference() and torch.equal(y, evaluate(p.inputs, None, **p.options, backend=backend)["y"])
 
 
-def resident_bytes() -> int:
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def test_memory_stays_flat_over_lengths(extension: object) -> None:
-    """#28, acceptance 9: 2,000 calls with ever other lengths keep nothing, neither in the module nor in the process."""
-    module = GatedConv1d(32, 32, 3)
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 400, (2000,), generator=generator).tolist()
-
-    def run(lengths: list[int], training: bool) -> None:
-        for n in lengths:
-            x = torch.zeros(1, n, 32)
-            with torch.set_grad_enabled(training):
-                y = module(x)
-                if training:
-                    y.sum().backward()
-
-    run([400] * 20, True)
-    run(lengths[:200], True)
-    attributes = dict(module.__dict__)
-    gc.collect()
-    before = resident_bytes()
-    run(lengths[::4], True)
-    run(lengths, False)
-    assert resident_bytes() - before < 8 << 20
-    assert module.__dict__ == attributes
+    """#28, acceptance 9."""
+    assert_memory_stays_flat(GatedConv1d(32, 32, 3), batch=1)
 
 
 def test_weights_are_read_at_every_call(kernels: str) -> None:

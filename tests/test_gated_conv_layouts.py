@@ -3,13 +3,13 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from pykernels import gated_conv1d
-from tests.helpers import FLOATS, LAYOUTS, Case, assert_equal, evaluate, problem, sliced, stepped
+from tests.gated_conv_cases import Case, evaluate, problem
+from tests.helpers import FLOATS, LAYOUTS, assert_equal, assert_same, far_apart, sliced, stepped
 
 CASE = Case(B=3, L=13, C_in=7, C_out=7, cond="all", rows="mask")
 PACKED = Case(B=3, L=13, C_in=7, C_out=7, cond="all", rows="packed")
@@ -17,15 +17,6 @@ PACKED = Case(B=3, L=13, C_in=7, C_out=7, cond="all", rows="packed")
 
 def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.contiguous().clone() for name, t in tensors.items()}
-
-
-def assert_same(backend: str, got: dict[str, Tensor], expected: dict[str, Tensor], what: object) -> None:
-    """Bitwise on the kernels; PyTorch itself may sum in another order where strides differ."""
-    if backend == "cpu":
-        assert_equal(got, expected, what)
-    for name in got:
-        eps = torch.finfo(got[name].dtype).eps
-        assert torch.allclose(got[name], expected[name], rtol=8 * eps, atol=32 * eps), f"{name} {what}"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -137,16 +128,9 @@ def test_downstream_of_the_result(kernels: str) -> None:
 @pytest.mark.parametrize("dimension", [0, 1, 2], ids=["batch", "row", "channel"])
 def test_strides_beyond_32_bits(dimension: int, kernels: str) -> None:
     """#10: the last element of x lies more than 2**31 elements behind the first, in each dimension in turn."""
-    shape = (3, 4, 5)
-    strides = [20, 5, 1]
-    strides[dimension] = 2**31 // (shape[dimension] - 1) + 64
-    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    assert last > 2**31
-    # Zeros that no memory stands behind until they are written.
-    storage = torch.from_numpy(np.zeros(last + 1, np.float16))
     case = Case(B=3, L=4, K=2)
     p = problem(case, torch.float16)
-    x = storage.as_strided(shape, strides).copy_(p.inputs["x"])
+    x = far_apart(p.inputs["x"], dimension)
     got = evaluate(p.inputs | {"x": x}, case.dy, **p.options, backend=kernels)
     assert_equal(got, evaluate(p.inputs, case.dy, **p.options, backend=kernels))
 

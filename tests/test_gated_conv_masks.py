@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from pykernels import gated_conv1d
-from tests.helpers import FLOATS, Case, assert_equal, evaluate, problem
+from tests.gated_conv_cases import Case, evaluate, problem
+from tests.helpers import FLOATS, assert_equal
 
 NAN = float("nan")
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from pykernels import GatedConv1d, gated_conv1d
 from pykernels.random_bits import draws16, dropout_factors, uniform_noise
-from tests.helpers import FLOATS, Case, check_case, evaluate
+from tests.gated_conv_cases import Case, check_case, evaluate
+from tests.helpers import FLOATS
 
 
 def logits_case(channels: int, rows: tuple[int, ...], z: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pykernels import gated_conv1d, gated_conv1d_step
-from tests.helpers import FLOATS, Case
+from tests.gated_conv_cases import Case
+from tests.helpers import FLOATS
 
 
 def stream(x: Tensor, chunks: list[int], weights: dict[str, Tensor], cond: Tensor | None = None, **options) -> Tensor:

@@ -4,6 +4,7 @@ project's failure checklist."""
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pykernels import gated_conv1d
-from tests.helpers import FLOATS, Case, assert_equal, check_case, evaluate, problem
+from tests.gated_conv_cases import Case, check_case, evaluate, problem
+from tests.helpers import FLOATS, SIZES, assert_equal, by_precision, bytes_kept_for_backward
 
 RESIDUALS, ACTS, PADDINGS = ("highway", "add", "none"), ("identity", "tanh"), ("same", "causal", "valid")
 SPLITS, CONDS, ROWS = ("value_gate", "gate_value"), ("none", "one", "all"), ("all", "mask", "lengths", "packed")
-SIZES = (1, 2, 3, 7, 17, 31, 33, 63, 65, 127, 129, 1000)
 
 
 # --- the definition ---
@@ -274,17 +275,8 @@ def test_bytes_kept_for_backward(kernels: str, recompute: bool, kept: int) -> No
     """The value and the gate in x's dtype, or nothing."""
     case = Case(B=4, L=50, C_in=16, C_out=16)
     leaves = {name: t.requires_grad_() for name, t in case.inputs(torch.bfloat16).items()}
-    given_storages = {t.untyped_storage().data_ptr() for t in leaves.values()}
-    storages: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in given_storages:
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = gated_conv1d(**leaves, recompute=recompute, backend=kernels)
-    assert sum(storages.values()) == kept * y.numel() * y.element_size()
+    call = partial(gated_conv1d, **leaves, recompute=recompute, backend=kernels)
+    assert bytes_kept_for_backward(call, leaves.values()) == kept * 2 * case.B * case.L * case.C_out
 
 
 @pytest.mark.parametrize("needed", ["x", "weight", "bias", "cond"])
@@ -342,21 +334,11 @@ def test_second_derivative_where_inputs_depend_on_each_other(backend: str) -> No
 # --- precision of float32 ---
 
 
-@pytest.fixture
-def precision() -> object:
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
-def test_float32_uses_bf16_products_only_where_allowed(kernels: str, precision: object) -> None:
+def test_float32_uses_bf16_products_only_where_allowed(kernels: str) -> None:
     """ "high" is treated as "highest"; "medium" may use bf16 products, and obeys the rule with bf16's own rounding."""
     case = Case(B=2, L=100, C_in=64, C_out=64)
     p = problem(case, torch.float32)
-    results = {}
-    for name in ("highest", "high", "medium"):
-        precision(name)
-        results[name] = evaluate(p.inputs, case.dy, **p.options, backend=kernels)
+    results = by_precision(lambda: evaluate(p.inputs, case.dy, **p.options, backend=kernels))
     assert_equal(results["highest"], results["high"])
     p.check(results["highest"])
     # Each product has two factors rounded to 8 bits; a sum of n of them of order 1/sqrt(n) errs by about their error.
