@@ -11,6 +11,7 @@ from .gated_conv_step import gated_conv1d_step
 from .lora import LoRALinear
 from .lora_linear import lora_linear, lora_linear_multi
 from .lora_model import apply_lora, lora_disabled, lora_layers, merge_lora, unload_lora, unmerge_lora
+from .loraplus import loraplus_param_groups
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "lora_layers",
     "lora_linear",
     "lora_linear_multi",
+    "loraplus_param_groups",
     "merge_lora",
     "set_backend",
     "unload_lora",
