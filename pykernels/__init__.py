@@ -9,19 +9,30 @@ from .attention_pool import AttentionPool, attention_pool
 from .dora_linear import dora_linear
 from .gated_conv import GatedConv1d, gated_conv1d
 from .gated_conv_step import gated_conv1d_step
+from .lora import LoRALinear
 from .lora_linear import lora_linear, lora_linear_multi
 from .lora_linear_stacked import lora_linear_stacked
+from .lora_model import apply_lora, lora_disabled, lora_layers, merge_lora, unload_lora, unmerge_lora
+from .loraplus import loraplus_param_groups
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionPool",
     "GatedConv1d",
+    "LoRALinear",
+    "apply_lora",
     "attention_pool",
     "dora_linear",
     "gated_conv1d",
     "gated_conv1d_step",
+    "lora_disabled",
+    "lora_layers",
     "lora_linear",
     "lora_linear_multi",
     "lora_linear_stacked",
+    "loraplus_param_groups",
+    "merge_lora",
     "set_backend",
+    "unload_lora",
+    "unmerge_lora",
 ]
