@@ -6,6 +6,7 @@ PyTorch layer it replaces. `python -m pykernels.env` tells what this installatio
 
 from ._backend import set_backend
 from .attention_pool import AttentionPool, attention_pool
+from .fuse import fuse, unfuse
 from .gated_conv import GatedConv1d, gated_conv1d
 from .gated_conv_step import gated_conv1d_step
 from .lora import LoRALinear
@@ -20,6 +21,7 @@ __all__ = [
     "LoRALinear",
     "apply_lora",
     "attention_pool",
+    "fuse",
     "gated_conv1d",
     "gated_conv1d_step",
     "lora_disabled",
@@ -29,6 +31,7 @@ __all__ = [
     "loraplus_param_groups",
     "merge_lora",
     "set_backend",
+    "unfuse",
     "unload_lora",
     "unmerge_lora",
 ]
