@@ -10,6 +10,7 @@ from .fuse import fuse, unfuse
 from .gated_conv import GatedConv1d, gated_conv1d
 from .gated_conv_step import gated_conv1d_step
 from .lora import LoRALinear
+from .lora_files import load_lora, save_lora
 from .lora_linear import lora_linear, lora_linear_multi
 from .lora_model import apply_lora, lora_disabled, lora_layers, merge_lora, unload_lora, unmerge_lora
 from .loraplus import loraplus_param_groups
@@ -24,12 +25,14 @@ __all__ = [
     "fuse",
     "gated_conv1d",
     "gated_conv1d_step",
+    "load_lora",
     "lora_disabled",
     "lora_layers",
     "lora_linear",
     "lora_linear_multi",
     "loraplus_param_groups",
     "merge_lora",
+    "save_lora",
     "set_backend",
     "unfuse",
     "unload_lora",
