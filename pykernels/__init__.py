@@ -7,9 +7,11 @@ PyTorch layer it replaces. `python -m pykernels.env` tells what this installatio
 from ._backend import set_backend
 from .attention_pool import AttentionPool, attention_pool
 from .dora_linear import dora_linear
+from .fuse import fuse, unfuse
 from .gated_conv import GatedConv1d, gated_conv1d
 from .gated_conv_step import gated_conv1d_step
 from .lora import LoRALinear
+from .lora_files import load_lora, save_lora
 from .lora_linear import lora_linear, lora_linear_multi
 from .lora_linear_stacked import lora_linear_stacked
 from .lora_model import apply_lora, lora_disabled, lora_layers, merge_lora, unload_lora, unmerge_lora
@@ -23,8 +25,10 @@ __all__ = [
     "apply_lora",
     "attention_pool",
     "dora_linear",
+    "fuse",
     "gated_conv1d",
     "gated_conv1d_step",
+    "load_lora",
     "lora_disabled",
     "lora_layers",
     "lora_linear",
@@ -32,7 +36,9 @@ __all__ = [
     "lora_linear_stacked",
     "loraplus_param_groups",
     "merge_lora",
+    "save_lora",
     "set_backend",
+    "unfuse",
     "unload_lora",
     "unmerge_lora",
 ]

@@ -51,14 +51,11 @@ def apply_lora(
     meant under only one of its names, a layer's owner reads its weight without calling it (nn.MultiheadAttention,
     nn.TransformerEncoderLayer), or the model already has adapters, of ours or of PEFT.
     """
-    check_int("r", r, 1)
-    check_settings(alpha, dropout, init)
-    check_choice("bias", bias, BIASES)
     for name, value in (("trainable", trainable), ("exclude", exclude)):
         _check_names(name, value)
-    _check_model(model)
+    check_model(model)
     names = _chosen(model, target_modules, trainable, exclude)
-    kept = [name for name, _ in model.named_modules() if _ends_with_one(name, trainable)]
+    kept = [name for name, _ in model.named_modules() if ends_with_one(name, trainable)]
     options = {"dropout": dropout, "rslora": rslora, "init": init, "adapter_dtype": adapter_dtype, "backend": backend}
     return replace_layers(model, {name: (r, alpha) for name in names}, kept, bias, options)
 
@@ -67,6 +64,10 @@ def replace_layers(
     model: nn.Module, ranks: Mapping[str, tuple[int, float]], trainable: Sequence[str], bias: str, options: Any
 ) -> nn.Module:
     """apply_lora with (r, alpha) of each layer by its whole name, and whole names of trainable modules."""
+    check_choice("bias", bias, BIASES)
+    for r, alpha in ranks.values():
+        check_int("r", r, 1)
+        check_settings(alpha, options["dropout"], options.get("init", "b_zero"))
     places = _places(model)
     for name in ranks:
         layer = places[name].layer
@@ -184,7 +185,7 @@ def _places(model: nn.Module) -> dict[str, _Place]:
     }
 
 
-def _ends_with_one(name: str, ends: Sequence[str]) -> bool:
+def ends_with_one(name: str, ends: Sequence[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
@@ -198,12 +199,12 @@ def _chosen(model: nn.Module, targets: Any, trainable: Sequence[str], exclude: S
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for argument, ends in (("trainable", trainable), ("exclude", exclude)):
         for end in ends:
-            if not any(_ends_with_one(name, [end]) for name in names):
+            if not any(ends_with_one(name, [end]) for name in names):
                 raise ValueError(f"{argument}: expected names of modules, got {end!r}, which is none of the model's")
-    inside = [f"{name}." for name in names if name and _ends_with_one(name, trainable)]
+    inside = [f"{name}." for name in names if name and ends_with_one(name, trainable)]
 
     def free(name: str) -> bool:
-        return not _ends_with_one(name, exclude) and not f"{name}.".startswith(tuple(inside))
+        return not ends_with_one(name, exclude) and not f"{name}.".startswith(tuple(inside))
 
     if isinstance(targets, str) and targets == "all-linear":
         output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -217,9 +218,9 @@ def _chosen(model: nn.Module, targets: Any, trainable: Sequence[str], exclude: S
             ) from None
     else:
         _check_names("target_modules", targets)
-        found = [name for name in places if free(name) and _ends_with_one(name, targets)]
+        found = [name for name in places if free(name) and ends_with_one(name, targets)]
         for end in targets:
-            if not any(_ends_with_one(name, [end]) for name in found):
+            if not any(ends_with_one(name, [end]) for name in found):
                 raise ValueError(_no_match(repr(end), model))
     if not found:
         raise ValueError(_no_match(repr(targets), model))
@@ -252,7 +253,7 @@ def _check_names(name: str, value: object) -> None:
             raise TypeError(f"{name}: expected names, got {end!r}")
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if _is_linear(model):

@@ -1,0 +1,64 @@
+"""fuse: `lora_linear` inside of a PEFT model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .lora import check_layer
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Gives PEFT's LoRA layers of nn.Linear and Conv1D our forward, in place. Returns the model; `unfuse` undoes it.
+
+    Parameters, state dict, configuration, saving and loading, switching, adding, merging and disabling adapters stay
+    PEFT's. Outputs and gradients are PEFT's but for rounding, and but for which elements dropout drops (it is
+    `lora_linear`'s, also governed by torch.manual_seed). A layer with one active adapter is computed in one pass; what
+    that pass does not serve at the time of the call (several active adapters, mixed batches, merged, disabled, hooks on
+    the layers inside) runs in PEFT's own forward. Fusing twice is fusing once; adapters may be added before and after.
+
+    LoRA of embeddings, of convolutions and of quantized layers, and modules_to_save, are left as they are.
+
+    Raises, before anything is changed, ModuleNotFoundError without peft; TypeError for what is no module; ValueError,
+    with the layer's name, where an adapter has what the pass never serves (DoRA and other variants, lora_bias), the
+    base layer has hooks or a forward of its own, the layer was given another forward (as accelerate's dispatch does),
+    or there is no such layer.
+    """
+    linear, fused, unserved = _peft()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in (linear, fused)}
+    if not layers:
+        raise ValueError("model: expected a model with PEFT's LoRA layers of linear layers, got one without")
+    for name, layer in layers.items():
+        for adapter in layer.lora_A:
+            if what := unserved(layer, adapter):
+                raise ValueError(f"{name}: expected plain LoRA, got {what} in the adapter {adapter!r}")
+        if "forward" in vars(layer):
+            raise ValueError(f"{name}: expected PEFT's forward, got one that was put in its place")
+        check_layer(f"{name}.base_layer", layer.base_layer)
+    for layer in layers.values():
+        layer.__class__ = fused
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """PEFT's own forward again, for all layers that `fuse` has changed; there may be none."""
+    linear, fused, _ = _peft()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    for layer in model.modules():
+        if type(layer) is fused:
+            layer.__class__ = linear
+    return model
+
+
+def _peft() -> tuple[Any, Any, Any]:
+    try:
+        import peft.tuners.lora.layer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"fuse needs PEFT (pip install peft): {error}", name=error.name) from None
+    from .peft_linear import FusedLinear, unserved
+
+    return peft.tuners.lora.layer.Linear, FusedLinear, unserved

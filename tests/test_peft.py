@@ -1,0 +1,405 @@
+"""fuse: PEFT's own model against the same with our forward, in every state that PEFT knows. Skipped without peft."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pykernels import fuse, lora_linear, unfuse
+from tests.helpers import FLOATS
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Grows by one with each call of lora_linear by a fused layer."""
+    from pykernels import peft_linear
+
+    made: list[Any] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        made.append(kwargs)
+        return lora_linear(*args, **kwargs)
+
+    monkeypatch.setattr(peft_linear, "lora_linear", counted)
+    yield made
+
+
+def bert(**config: Any) -> nn.Module:
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    plain = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            **sizes, intermediate_size=24, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+    )
+    targets = {"target_modules": ["query", "value", "intermediate.dense"], "r": 4, "lora_alpha": 6}
+    return peft.get_peft_model(plain, peft.LoraConfig(**(targets | config)))
+
+
+def gpt2(**config: Any) -> nn.Module:
+    torch.manual_seed(2)
+    sizes = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, vocab_size=30, n_positions=12, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    targets = {"target_modules": ["c_attn", "c_fc", "c_proj"], "r": 3, "fan_in_fan_out": True}
+    return peft.get_peft_model(transformers.GPT2LMHeadModel(sizes), peft.LoraConfig(**(targets | config)))
+
+
+MODELS: dict[str, tuple[Callable[..., nn.Module], int]] = {"bert": (bert, 6), "gpt2": (gpt2, 8)}
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, 30, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+def disturb(model: nn.Module) -> nn.Module:
+    """Adapters that are not zero, all of them."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    return model
+
+
+def results(model: nn.Module, ids: Tensor, **inputs: Any) -> dict[str, Tensor]:
+    """Logits and all gradients of trained parameters."""
+    model.zero_grad()
+    logits = model(input_ids=ids, **inputs).logits
+    logits.float().square().mean().backward()
+    return {"logits": logits.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"bias": "lora_only"},
+        {"bias": "all"},
+        {"rank_pattern": {"query": 2, "c_fc": 1}, "alpha_pattern": {"value": 3, "c_attn": 5}},
+        {"init_lora_weights": "gaussian"},
+        {"modules_to_save": ["classifier", "ln_f"]},
+    ],
+    ids=lambda config: ",".join(config) or "plain",
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients(name: str, config: dict[str, Any], ids: Tensor, calls: list[Any], kernels: str) -> None:
+    make, layers = MODELS[name]
+    model = disturb(make(**config))
+    own = results(model, ids)
+    assert not calls
+    assert fuse(model) is model
+    assert_same(results(model, ids), own)
+    assert len(calls) == layers
+    unfuse(model)
+    again = results(model, ids)
+    assert len(calls) == layers and all(torch.equal(again[n], own[n]) for n in own), "undone exactly"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_dtypes(dtype: str, ids: Tensor, calls: list[Any]) -> None:
+    """PEFT keeps float32 adapters on 16-bit models; then adapters of the model's own type."""
+    model = bert()
+    model.to(FLOATS[dtype])
+    tolerance = 40 * torch.finfo(FLOATS[dtype]).eps
+    for adapter in {torch.float64 if dtype == "fp64" else torch.float32, FLOATS[dtype]}:
+        for parameter, p in model.named_parameters():
+            if "lora_" in parameter:
+                p.data = p.data.to(adapter)
+        disturb(model)
+        own, before = results(model, ids), len(calls)
+        assert_same(results(fuse(model), ids), own, tolerance, tolerance)
+        assert len(calls) == before + 6
+        unfuse(model)
+
+
+def test_adapters_of_fewer_bits_than_the_model_run_in_pefts_forward(ids: Tensor, calls: list[Any]) -> None:
+    model = disturb(bert())
+    for parameter, p in model.named_parameters():
+        if "lora_" in parameter:
+            p.data = p.data.bfloat16()
+    own = results(model, ids)
+    assert_same(results(fuse(model), ids), own, 0, 0)
+    assert not calls
+
+
+def test_autocast(ids: Tensor, calls: list[Any]) -> None:
+    model = disturb(bert())
+    with torch.autocast("cpu", torch.bfloat16):
+        own = results(model, ids)
+        assert_same(results(fuse(model), ids), own, 0.05, 0.02)
+    assert len(calls) == 6
+
+
+# --- dropout ---
+
+
+def test_dropout_is_of_the_rate_and_only_in_training(ids: Tensor, calls: list[Any]) -> None:
+    model = fuse(disturb(bert(lora_dropout=0.25))).train()
+    torch.manual_seed(5)
+    first = results(model, ids)
+    assert all(call["dropout"] == 0.25 and call["training"] for call in calls)
+    torch.manual_seed(5)
+    assert_same(results(model, ids), first, 0, 0)
+    assert not torch.equal(results(model, ids)["logits"], first["logits"])
+    evaluated = results(model.eval(), ids)
+    assert_same(evaluated, results(unfuse(model), ids))
+
+
+def test_dropout_has_the_mean_of_pefts() -> None:
+    """One layer, many draws: the mean over draws is the layer without dropout."""
+    config = peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=0.5, target_modules=["0"])
+    model = fuse(disturb(peft.get_peft_model(nn.Sequential(nn.Linear(8, 5)), config)))
+    x = torch.randn(8, generator=torch.Generator().manual_seed(6))
+    torch.manual_seed(7)
+    y = model.train()(x.expand(20_000, 8))
+    exact = model.eval()(x)
+    assert ((y.mean(0) - exact).abs() < 5 * y.std(0) / 20_000**0.5).all() and y.std(0).min() > 0.01
+
+
+# --- states of PEFT ---
+
+
+def two_adapters() -> nn.Module:
+    model = bert(modules_to_save=["classifier"])
+    other = peft.LoraConfig(r=2, lora_alpha=9, target_modules=["query", "value", "attention.output.dense"])
+    model.add_adapter("other", other)
+    return disturb(model)
+
+
+def set_adapter(model: nn.Module, *names: str) -> None:
+    model.base_model.set_adapter(list(names))
+
+
+# What is done to the model, and how many of its layers are ours then: 6 layers have the first adapter, 6 the second
+# (4 of them both).
+STATES: dict[str, tuple[Callable[[nn.Module], Any], int]] = {
+    "first": (lambda model: None, 6),
+    "second": (lambda model: set_adapter(model, "other"), 6),
+    "both": (lambda model: set_adapter(model, "default", "other"), 4),
+    "disabled": (lambda model: model.base_model.disable_adapter_layers(), 0),
+    "merged": (lambda model: model.merge_adapter(), 0),
+    "merged and unmerged": (lambda model: (model.merge_adapter(), model.unmerge_adapter()), 6),
+    "second deleted": (lambda model: model.delete_adapter("other"), 6),
+    "scaled": (lambda model: [m.scale_layer(0.5) for m in model.modules() if hasattr(m, "scale_layer")], 6),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("fused_first", [False, True])
+def test_states(state: str, fused_first: bool, ids: Tensor, calls: list[Any]) -> None:
+    model = two_adapters()
+    twin = copy.deepcopy(model)
+    change, served = STATES[state]
+    if fused_first:
+        fuse(model)
+    change(model)
+    change(twin)
+    fuse(model)
+    with torch.no_grad():
+        logits = model(ids).logits
+        torch.testing.assert_close(logits, twin(ids).logits, rtol=1e-4, atol=1e-5)
+    assert len(calls) == served
+    if state != "disabled":
+        assert_same(results(model, ids), results(twin, ids))
+
+
+def test_an_adapter_that_is_added_later_is_served(ids: Tensor, calls: list[Any]) -> None:
+    model = fuse(disturb(bert()))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["query"]))
+    disturb(model).set_adapter("other")
+    fused = results(model, ids)
+    assert len(calls) == 2
+    assert_same(fused, results(unfuse(model), ids))
+
+
+def test_context_managers_and_mixed_batches(ids: Tensor, calls: list[Any]) -> None:
+    model = bert()
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["query", "attention.output.dense"]))
+    twin = fuse(copy.deepcopy(disturb(model).eval()))
+    with torch.no_grad():
+        with model.disable_adapter(), twin.disable_adapter():
+            assert torch.equal(model(ids).logits, twin(ids).logits)
+        names = ["other", "__base__"]
+        assert torch.equal(model(ids, adapter_names=names).logits, twin(ids, adapter_names=names).logits)
+        assert not calls
+        twin(ids)
+    assert len(calls) == 6
+
+
+def test_hooks_on_inner_layers_run(ids: Tensor, calls: list[Any]) -> None:
+    model = fuse(disturb(bert()))
+    layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
+    seen: list[Any] = []
+    handle = layer.lora_B["default"].register_forward_hook(lambda *_: seen.append(1))
+    model(ids)
+    assert seen == [1] and len(calls) == 5
+    handle.remove()
+    layer.register_forward_hook(lambda *_: seen.append(2))
+    model(ids)
+    assert seen == [1, 2] and len(calls) == 11, "hooks on the layer itself stay"
+
+
+def test_merge_and_unload_and_saving(ids: Tensor, tmp_path: Any) -> None:
+    model = disturb(bert(modules_to_save=["classifier"])).eval()
+    own, state = model(ids).logits, model.state_dict()
+    fuse(model)
+    assert model.state_dict().keys() == state.keys()
+    model.save_pretrained(tmp_path / "adapter")
+    plain = bert(modules_to_save=["classifier"]).unload()
+    loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    torch.testing.assert_close(fuse(loaded)(ids).logits, own, rtol=1e-4, atol=1e-5)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, own, rtol=1e-4, atol=1e-5)
+    assert type(merged.bert.encoder.layer[0].attention.self.query) is nn.Linear
+
+
+# --- fuse itself (#29) ---
+
+
+def test_twice_is_once_and_other_models_are_untouched(ids: Tensor, calls: list[Any]) -> None:
+    model, other = disturb(bert()), disturb(bert())
+    fuse(fuse(model))
+    other(ids)
+    assert not calls and "FusedLinear" not in repr(other)
+    model(ids)
+    assert len(calls) == 6 and "lora.FusedLinear(" in repr(model)
+    unfuse(unfuse(model))
+    model(ids)
+    assert len(calls) == 6 and repr(model) == repr(other)
+
+
+def test_copies_and_pickles_stay_fused(ids: Tensor, calls: list[Any]) -> None:
+    model = fuse(disturb(bert())).eval()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    with torch.no_grad():
+        logits = model(ids).logits
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            assert torch.equal(other(ids).logits, logits)
+    assert len(calls) == 18
+
+
+def test_one_part_of_a_model(ids: Tensor, calls: list[Any]) -> None:
+    model = disturb(bert())
+    fuse(model.base_model.model.bert.encoder.layer[0])
+    model(ids)
+    assert len(calls) == 3
+
+
+def test_layers_of_other_kinds_are_left(ids: Tensor, calls: list[Any]) -> None:
+    model = disturb(bert(target_modules=["query", "word_embeddings"]))
+    own = results(model, ids)
+    assert_same(results(fuse(model), ids), own)
+    assert len(calls) == 2
+
+
+def test_what_is_refused() -> None:
+    query = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    for config, what in [
+        ({"use_dora": True}, "DoraLinearVariant"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"lora_dropout": 1.0}, "a dropout of 1"),
+    ]:
+        model = bert(**config)
+        with pytest.raises(ValueError, match=rf"^{query}: expected plain LoRA, got {what}.* in the adapter 'default'"):
+            fuse(model)
+        assert "FusedLinear" not in repr(model)
+    model = bert()
+    model.get_submodule(query).forward = lambda x: x
+    with pytest.raises(ValueError, match=f"^{query}: expected PEFT's forward, got one that was put in its place"):
+        fuse(model)
+    model = bert()
+    model.get_submodule(query).base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=rf"^{query}.base_layer: expected a layer without hooks"):
+        fuse(model)
+    for call in (fuse, unfuse):
+        with pytest.raises(TypeError, match=r"^model: expected an nn.Module, got str"):
+            call("model")
+    with pytest.raises(ValueError, match=r"^model: expected a model with PEFT's LoRA layers of linear layers, got one"):
+        fuse(nn.Linear(2, 2))
+
+
+def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ModuleNotFoundError, match=r"^fuse needs PEFT \(pip install peft\): "):
+        fuse(nn.Linear(2, 2))
+
+
+def test_an_adapter_with_more_than_lora_added_later_runs_in_pefts_forward(ids: Tensor, calls: list[Any]) -> None:
+    model = fuse(disturb(bert()))
+    model.add_adapter("dora", peft.LoraConfig(r=2, target_modules=["query"], use_dora=True))
+    model.set_adapter("dora")
+    fused = results(model, ids)
+    assert not calls
+    twin = unfuse(model)
+    assert_same(fused, results(twin, ids), 0, 0)
+
+
+# --- training ---
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_whole(backend: str, ids: Tensor, extension: object) -> None:
+    model = disturb(bert())
+    own = results(model, ids)
+    fuse(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    model.zero_grad()
+    logits = compiled(input_ids=ids).logits
+    logits.square().mean().backward()
+    torch.testing.assert_close(logits.detach(), own["logits"], rtol=1e-4, atol=1e-5)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, own[name], rtol=1e-4, atol=1e-5)
+
+
+def test_same_losses_as_peft(ids: Tensor) -> None:
+    losses = []
+    for fused in (False, True):
+        model = bert(modules_to_save=["classifier"]).train()
+        if fused:
+            fuse(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        labels = torch.tensor([0, 2])
+        history = []
+        for _ in range(15):
+            loss = model(input_ids=ids, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        losses.append(torch.tensor(history))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
+    assert losses[0][-1] < 0.5 * losses[0][0]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant: bool, ids: Tensor) -> None:
+    model = fuse(disturb(bert(lora_dropout=0.3))).train()
+    model.enable_input_require_grads()
+    torch.manual_seed(8)
+    plain = results(model, ids)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    torch.manual_seed(8)
+    assert_same(results(model, ids), plain, 0, 0)
