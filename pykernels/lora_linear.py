@@ -159,7 +159,7 @@ def _differentiable_gradients(dy: Tensor, tensors: list[Any], form: Any, needs: 
 
 def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, backend: str | None) -> Tensor:
     """Autocast, random bits, choice of the backend. `tensors` ends with the user's seed."""
-    x, _, lora_a, *_ = tensors
+    x, lora_a = tensors[0], tensors[2]
     for name, t in zip(("x", "weight", "lora_a", "lora_b"), tensors, strict=False):
         check_tensor(name, t)
     device = "cpu" if x.is_cpu else x.device.type
@@ -176,7 +176,7 @@ def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, 
         tensors = (*tensors[:-1], random_bits.seed_tensor(tensors[-1]))
     else:
         dropout, tensors = 0.0, (*tensors[:-1], None)
-    form = (scale, float(dropout))
+    form: tuple[Any, ...] = (scale, float(dropout))
 
     # An exported model holds PyTorch's own operators only.
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
@@ -189,8 +189,8 @@ def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, 
     if torch.compiler.is_compiling() and tensors[5] is None:
         # A number given to an operator is a constant of the graph, which every other number would compile anew.
         adapters = 1 if tensors[6] is None else lora_a.shape[0]
-        scales = torch.ones(adapters, dtype=torch.float64, device=x.device) * scale
-        tensors, form = (*tensors[:5], scales, *tensors[6:]), (1.0, form[1])
+        tensors = (*tensors[:5], torch.ones(adapters, dtype=torch.float64, device=x.device) * scale, *tensors[6:])
+        form = (1.0, form[1])
     try:
         if torch.is_grad_enabled() and any([t.requires_grad for t in inputs]):
             return LoraLinearFunction.apply(*tensors, *form)[0]
