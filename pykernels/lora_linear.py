@@ -187,11 +187,10 @@ def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, 
     if dropout != 0.0:
         check_dropout("dropout", dropout)
     if training and dropout:
-        form = (scale, float(dropout))
         tensors = (*tensors[:-1], random_bits.seed_tensor(tensors[-1]))
     else:
-        form = (scale, 0.0)
-        tensors = (*tensors[:-1], None)
+        dropout, tensors = 0.0, (*tensors[:-1], None)
+    form: tuple[Any, ...] = (scale, float(dropout))
 
     if exporting() or _backend.choose("lora_linear", backend, device, x.dtype) == "reference":
         check_lora_linear(*tensors, *form)
@@ -201,8 +200,8 @@ def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, 
     if torch.compiler.is_compiling() and tensors[5] is None:
         # A number given to an operator is a constant of the graph, which every other number would compile anew.
         adapters = 1 if tensors[6] is None else lora_a.shape[0]
-        scales = torch.ones(adapters, dtype=torch.float64, device=x.device) * scale
-        tensors, form = (*tensors[:5], scales, *tensors[6:]), (1.0, form[1])
+        tensors = (*tensors[:5], torch.ones(adapters, dtype=torch.float64, device=x.device) * scale, *tensors[6:])
+        form = (1.0, form[1])
     try:
         if torch.is_grad_enabled() and any([t.requires_grad for t in inputs]):
             return LoraLinearFunction.apply(*tensors, *form)[0]

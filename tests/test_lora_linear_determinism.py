@@ -20,13 +20,13 @@ from tests.lora_linear_cases import LoraCase, call_of, evaluate, problem
 # Enough rows for several units and partial sums that any change of their order would alter; products by rows, by
 # columns and of few rows, which threads share in different ways.
 CASES = [
-    LoraCase(leading=(700,), K=70, N=33, R=8, dropout=0.1),
+    LoraCase(leading=(600,), K=40, N=33, R=8, dropout=0.1),
     LoraCase(leading=(9, 61), K=33, N=130, R=5, E=3, scales=True),
     LoraCase(leading=(5,), K=300, N=700, R=4, float_adapters=True, transposed=True),
-    LoraCase(leading=(1100,), K=520, N=40, R=3, float_adapters=True),
+    LoraCase(leading=(1100,), K=520, N=24, R=3, float_adapters=True),
     LoraCase(leading=(1,), K=600, N=200, R=16, dropout=0.5),
     LoraCase(leading=(60,), K=1024, N=300, R=2, transposed=True),
-    LoraCase(leading=(2000,), K=24, N=24, R=40, E=2),
+    LoraCase(leading=(1200,), K=24, N=24, R=20, E=2),
 ]
 
 

@@ -127,7 +127,7 @@ LARGE = {
     "by rows, rows that collide": (1100, 1024, 40),
     "by columns": (300, 100, 200),
     "by columns, rows that collide": (60, 1024, 130),
-    "by columns, heavy weights": (530, 1024, 1040),
+    "by columns, heavy weights": (530, 1024, 540),
     "few rows": (9, 1024, 700),
 }
 
