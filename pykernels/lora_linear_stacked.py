@@ -90,6 +90,12 @@ LoraLinearStackedFunction.forward.__signature__ = inspect.signature(  # type: ig
 )
 
 
+def _four(tensors: Sequence[Any], first: int) -> tuple[Any, Any, Any, Any]:
+    """weight, lora_a, lora_b and bias of a projection."""
+    weight, lora_a, lora_b, bias = tensors[first : first + 4]
+    return weight, lora_a, lora_b, bias
+
+
 def _differentiable_gradients(
     dys: list[Tensor | None], x: Tensor, each: list[Any], seed: Any, scales: list[float], dropout: float, needs: Any
 ) -> list[Tensor | None]:
@@ -97,7 +103,7 @@ def _differentiable_gradients(
     alias = [t.view_as(t) if needed else t for t, needed in zip(tensors, needs, strict=True)]
     with torch.enable_grad():
         ys = [
-            lora_linear_ref(alias[0], *alias[1 + 4 * i : 5 + 4 * i], None, None, seed, scale, dropout, i)
+            lora_linear_ref(alias[0], *_four(alias, 1 + 4 * i), None, None, seed, scale, dropout, i)
             for i, scale in enumerate(scales)
         ]
     given = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None]
@@ -142,7 +148,7 @@ def lora_linear_stacked(
     check_dropout("dropout", dropout)
     bits = random_bits.seed_tensor(seed) if training and dropout else None
     dropout = float(dropout) if training else 0.0
-    each = list(zip(*groups, strict=True))
+    each = [_four([group[i] for group in groups], 0) for i in range(len(scales))]
     if exporting() or _backend.choose("lora_linear", backend, device, x.dtype) == "reference":
         results = []
         for i, (tensors, factor) in enumerate(zip(each, scales, strict=True)):
