@@ -326,7 +326,7 @@ def check_lora_linear(
             f"got shape {list(lora_b.shape)}"
         )
     check_float("scale", scale)
-    if isinstance(scale, int | float) and not math.isfinite(scale):
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if scales is not None:
         if not scales.is_floating_point():
