@@ -3,12 +3,15 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_python_examples_run_one_after_the_other() -> None:
+def test_python_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
     names: dict = {}
     for block in blocks:
@@ -19,3 +22,5 @@ def test_python_examples_run_one_after_the_other() -> None:
     assert names["pooled"].shape == (8, 128) and torch.allclose(names["scores"].sum(1), torch.ones(8), atol=1e-5)
     assert all(p.grad is not None for p in names["pool"].parameters())
     assert names["out"].shape == names["q"].shape == (8, 300, 768)
+    assert all(p.grad is not None for p in names["adapted"].parameters() if p.requires_grad)
+    assert len(names["optimizer"].state) == 4 and (tmp_path / "adapter" / "adapter_config.json").exists()
