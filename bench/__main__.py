@@ -22,8 +22,8 @@ BASELINE_CAPS = {
 
 EXAMPLES = """\
 examples:
-  python -m bench --quick                            the telling cases, 4 minutes on two fast cores
-  python -m bench                                    everything, 10 minutes and more
+  python -m bench --quick                            the telling cases, about 10 minutes on two cores
+  python -m bench                                    everything, half an hour and more
   python -m bench gated_conv --dtype bf16            one operator, one dtype
   python -m bench dgcnn_extractor --quick --list     which cases these are
   python -m bench --threads 1 --case "B1 L512"       the cases with this text in their name, one thread
