@@ -79,7 +79,7 @@ Outputs allocate(LoraLinearCall& call, const at::Tensor& x) {
   at::Tensor keep = at::empty({call.keep_bytes()}, x.options().dtype(at::kByte));
   if (y.numel() == 0) return {y, s, keep.zero_()};
   args.y = y.mutable_data_ptr();
-  args.s = s.mutable_data_ptr();
+  args.s = elements_of(s);
   if (keep.numel()) {
     args.keep = keep.mutable_data_ptr<uint8_t>();
     args.keep[keep.numel() - 1] = 0;

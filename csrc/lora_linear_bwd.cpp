@@ -100,9 +100,9 @@ void run(LoraLinearCall& call, const at::Tensor& dy, const at::Tensor& s, const 
   LoraLinearArgs& args = call.args;
   const at::Tensor dy_rows = rows_of(dy, args.out);
   at::Tensor ds = at::empty({dx.numel() || da.numel() ? args.rows : 0, args.rank}, s.options());
-  args.dy = dy_rows.const_data_ptr();
+  args.dy = elements_of(dy_rows);
   args.dy_row = dy_rows.stride(0);
-  args.s = s.numel() ? const_cast<void*>(s.const_data_ptr()) : nullptr;
+  args.s = elements_of(s);
   args.ds = pointer(ds);
   args.dx = pointer(dx);
   args.add_to_dx = add_to_dx;

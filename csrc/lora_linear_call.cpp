@@ -19,15 +19,15 @@ LoraLinearCall::LoraLinearCall(const LoraLinearInputs& in, uint32_t stream) {
   kernels = PYKERNELS_OF_TIER(tier_for(dtype), lora_linear_kernels)(dtype, dtype == Dtype::float32 && float32_allows_bf16());
   x = rows_of(in.x, args.in);
   args.rows = x.size(0);
-  args.x = x.const_data_ptr();
+  args.x = elements_of(x);
   args.x_row = x.stride(0);
 
   args.weight_transposed = args.out > 1 && in.weight.stride(0) == 1 && in.weight.stride(1) == args.out;
   keep_.push_back(args.weight_transposed ? in.weight : in.weight.contiguous());
-  args.weight = keep_.back().const_data_ptr();
+  args.weight = elements_of(keep_.back());
   if (in.bias) {
     keep_.push_back(in.bias->contiguous());
-    args.bias = keep_.back().const_data_ptr();
+    args.bias = elements_of(keep_.back());
   }
   set_adapters(in);
   set_dropout(in);
@@ -100,10 +100,10 @@ void LoraLinearCall::set_adapters(const LoraLinearInputs& in) {
     args.adapter_of = rows.const_data_ptr<int64_t>();
   }
   const at::Tensor a = in.lora_a.contiguous(), b = in.lora_b.contiguous();
-  adapters = {a.const_data_ptr(), b.const_data_ptr(), a.scalar_type() == at::kFloat, scales_.data()};
+  adapters = {elements_of(a), elements_of(b), a.scalar_type() == at::kFloat, scales_.data()};
   const int64_t of_a = args.adapters * args.rank * args.a_row, of_b = args.adapters * args.rank * args.b_row;
   at::Tensor arranged = at::empty({of_a + of_b}, at::TensorOptions(sum_type));
-  auto* to = static_cast<char*>(arranged.mutable_data_ptr());
+  auto* to = static_cast<char*>(elements_of(arranged));
   kernels->arrange(args, adapters, to, to + of_a * kernels->sum_size);
   args.a = to;
   args.b = to + of_a * kernels->sum_size;
@@ -179,6 +179,11 @@ std::vector<LoraLinearCall> stacked_calls(const StackedInputs& in) {
         static_cast<uint32_t>(i));
   }
   return calls;
+}
+
+void* elements_of(const at::Tensor& t) {
+  alignas(64) static char nothing[64];
+  return t.numel() ? const_cast<void*>(t.const_data_ptr()) : nothing;
 }
 
 at::Tensor rows_of(const at::Tensor& t, int64_t columns) {

@@ -62,6 +62,9 @@ class LoraLinearCall {
 // A call for each projection; number i has stream i of the random bits.
 std::vector<LoraLinearCall> stacked_calls(const StackedInputs& inputs);
 
+// Where a tensor's elements are; somewhere, not null, where it has none: kernels may add offsets to it.
+void* elements_of(const at::Tensor& t);
+
 // A tensor's rows [rows, columns] with adjacent columns: a view where there is one.
 at::Tensor rows_of(const at::Tensor& t, int64_t columns);
 
