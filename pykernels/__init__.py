@@ -7,6 +7,7 @@ PyTorch layer it replaces. `python -m pykernels.env` tells what this installatio
 from ._backend import set_backend
 from .attention_pool import AttentionPool, attention_pool
 from .dora_linear import dora_linear
+from .fisher_masks import fisher_masks
 from .fuse import fuse, unfuse
 from .gated_conv import GatedConv1d, gated_conv1d
 from .gated_conv_step import gated_conv1d_step
@@ -25,6 +26,7 @@ __all__ = [
     "apply_lora",
     "attention_pool",
     "dora_linear",
+    "fisher_masks",
     "fuse",
     "gated_conv1d",
     "gated_conv1d_step",
