@@ -13,6 +13,8 @@ direction: m = 0. With dropout, only what the adapter changes sees the dropped d
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +37,9 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float = 1.0
     check_shape("lora_a", lora_a, (lora_a.shape[0] if lora_a.dim() else 0, *weight.shape[1:]))
     check_shape("lora_b", lora_b, (*weight.shape[:1], lora_a.shape[0]))
     exact = torch.promote_types(weight.dtype, torch.float32)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    device = weight.device.type
+    uncast = torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext()
+    with torch.no_grad(), uncast:
         a, b = lora_a.to(exact), lora_b.to(exact) * scale
         chunks = [weight] if weight.dtype == exact else weight.split(_CHUNK)
         squares = [torch.linalg.vector_norm(chunk, dim=-1, dtype=exact).square() for chunk in chunks]

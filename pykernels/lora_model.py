@@ -25,6 +25,7 @@ def apply_lora(
     dropout: float = 0.0,
     *,
     rslora: bool = False,
+    dora: bool = False,
     init: str = "b_zero",
     bias: str = "none",
     trainable: Sequence[str] = (),
@@ -40,7 +41,7 @@ def apply_lora(
         target_modules: which layers, in the manner of PEFT. A list of names, each a whole name or its last parts
             ("query", "attention.self.query"); or one regular expression that whole names match; or "all-linear", all
             but the output layer of a transformers model and those in `exclude` and `trainable`.
-        r, alpha, dropout, rslora, init, adapter_dtype, backend: of each LoRALinear.
+        r, alpha, dropout, rslora, dora, init, adapter_dtype, backend: of each LoRALinear.
         bias: which biases are trained: "none", "lora_only" (those of the adapted layers), or "all".
         trainable: names, whole or last parts, of modules that are trained as they are, such as a new classifier; layers
             inside them are not adapted (PEFT: modules_to_save).
@@ -56,7 +57,8 @@ def apply_lora(
     check_model(model)
     names = _chosen(model, target_modules, trainable, exclude)
     kept = [name for name, _ in model.named_modules() if ends_with_one(name, trainable)]
-    options = {"dropout": dropout, "rslora": rslora, "init": init, "adapter_dtype": adapter_dtype, "backend": backend}
+    options = {"dropout": dropout, "rslora": rslora, "dora": dora, "init": init}
+    options |= {"adapter_dtype": adapter_dtype, "backend": backend}
     return replace_layers(model, {name: (r, alpha) for name in names}, kept, bias, options)
 
 
