@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -24,13 +25,14 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Raises, before anything is changed, ModuleNotFoundError without peft; TypeError for what is no module; ValueError,
     with the layer's name, where an adapter has what they never serve (variants of LoRA but DoRA, lora_bias), the base
-    layer has hooks or a forward of its own, the layer was given another forward (as accelerate's dispatch does),
-    or there is no such layer.
+    layer has hooks or a forward of its own, the layer was given another forward (as accelerate's dispatch does) or
+    itself to fully_shard (fuse first; a block around it may have been), or there is no such layer.
     """
     linear, fused, unserved = _peft()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     layers = {name: layer for name, layer in model.named_modules() if type(layer) in (linear, fused)}
+    _refuse_sharded(model, linear)
     if not layers:
         raise ValueError("model: expected a model with PEFT's LoRA layers of linear layers, got one without")
     for name, layer in layers.items():
@@ -46,14 +48,26 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """PEFT's own forward again, for all layers that `fuse` has changed; there may be none."""
+    """PEFT's own forward again, for all layers that `fuse` has changed; there may be none.
+
+    ValueError with the name where such a layer was itself given to fully_shard.
+    """
     linear, fused, _ = _peft()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    _refuse_sharded(model, fused)
     for layer in model.modules():
         if type(layer) is fused:
             layer.__class__ = linear
     return model
+
+
+def _refuse_sharded(model: nn.Module, kind: type) -> None:
+    """fully_shard changes the class of a module too, to one that it makes."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for name, layer in model.named_modules() if fsdp is not None else ():
+        if isinstance(layer, kind) and isinstance(layer, fsdp.FSDPModule):
+            raise ValueError(f"{name}: expected a layer before fully_shard, got {type(layer).__name__}")
 
 
 def _peft() -> tuple[Any, Any, Any]:

@@ -225,7 +225,13 @@ class LoRALinear(nn.Module):
         Returns self. For inference: one product instead of three. The original weight is kept besides, for `unmerge`,
         for state_dict(), which does not change, and for other modules that share it. Changes of the adapter are not
         seen until the layer is merged anew, but for those of load_state_dict() and to(). A merged layer stays so.
+        RuntimeError for a layer whose parameters are sharded, which belong to what has sharded them.
         """
+        if is_sharded(self.weight):
+            raise RuntimeError(
+                "LoRALinear: expected whole parameters to merge, got sharded ones; merge a plain model that load_lora "
+                "has adapted"
+            )
         if self._unmerged is None:
             assert isinstance(self.weight, nn.Parameter)
             merged = self._merged_weight().to(self.weight.dtype)
@@ -300,6 +306,12 @@ def check_layer(name: str, layer: object) -> None:
             f"{name}: expected the parameters weight and bias alone, got {', '.join(besides) or 'a computed weight'}"
         )
     check_floating(f"{name}.weight", weight)
+
+
+def is_sharded(t: object) -> bool:
+    """Whether it is a DTensor, of which there is none before its module is imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ._checks import words
 from ._files import save_tensors, write_atomically
-from .lora import LoRALinear
+from .lora import LoRALinear, is_sharded
 from .lora_model import check_model, ends_with_one, lora_layers, replace_layers
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -49,7 +49,8 @@ def save_lora(
     """Writes an adapter folder that `peft.PeftModel.from_pretrained(plain model, folder)` and `load_lora` read.
 
     It holds the adapters, trained biases, and the modules of which every parameter is trained. Merged layers are
-    written as if they were not. base_model and task_type ("SEQ_CLS", ...) are notes for PEFT.
+    written as if they were not. base_model and task_type ("SEQ_CLS", ...) are notes for PEFT. Where fully_shard has
+    sharded the model, all processes must call, and each writes the whole.
 
     Each file is written whole or not at all. ValueError, before anything is written, for what the format cannot hold: a
     trained parameter in a module that is otherwise frozen, different dropouts, rslora or dora in some layers, or
@@ -98,6 +99,8 @@ def save_lora(
     for module in modules:
         state = model.get_submodule(module).state_dict()
         tensors |= {f"{PREFIX}{module}.{key}": t for key, t in state.items()}
+    # Sharded parameters are put together, by all processes in this order.
+    tensors = {key: t.full_tensor() if is_sharded(t) else t for key, t in tensors.items()}  # type: ignore[attr-defined]
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"

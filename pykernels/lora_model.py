@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ._checks import check_choice, check_int
-from .lora import LoRALinear, check_layer, check_settings, is_conv1d
+from .lora import LoRALinear, check_layer, check_settings, is_conv1d, is_sharded
 
 BIASES = ("none", "lora_only", "all")
 
@@ -144,9 +144,13 @@ def unload_lora(model: nn.Module, merge: bool = False) -> nn.Module:
     """Plain nn.Linear and Conv1D layers again, with the original weights or, with `merge`, the merged ones.
 
     Which parameters require gradients stays as it is. ValueError, before anything is changed, where a weight that is
-    to be merged is also that of another module, which a plain model would make one again when it is loaded.
+    to be merged is also that of another module, which a plain model would make one again when it is loaded; TypeError
+    for sharded parameters.
     """
     layers = lora_layers(model)
+    for name, layer in layers.items():
+        if is_sharded(layer.weight):
+            raise TypeError(f"model: expected whole parameters, got sharded ones ({name}.weight)")
     if merge:
         for name, layer in layers.items():
             shared = [
@@ -268,6 +272,9 @@ def check_model(model: object) -> None:
             "model: expected the model itself, got DistributedDataParallel, which must be told of new parameters: wrap "
             "the model afterwards"
         )
+    for name, p in model.named_parameters():
+        if is_sharded(p):
+            raise TypeError(f"model: expected whole parameters, got sharded ones ({name}): shard the model afterwards")
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear) or is_peft(module):
             kind = "PEFT's" if is_peft(module) else "LoRALinear's; unload_lora(model) takes them out"
