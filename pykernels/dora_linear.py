@@ -88,8 +88,18 @@ def dora_linear(
         z = y * m.to(torch.promote_types(y.dtype, lora_a.dtype))
         return (z if bias is None else z + bias).to(y.dtype)
     bits = random_bits.seed_tensor(seed)
-    options = {"bias": bias, "scale": scale, "dropout": dropout, "training": True, "seed": bits, "backend": backend}
-    y = lora_linear(x, weight, lora_a, (m[:, None] * lora_b).to(lora_b.dtype), **options)
+    y = lora_linear(
+        x,
+        weight,
+        lora_a,
+        (m[:, None] * lora_b).to(lora_b.dtype),
+        bias=bias,
+        scale=scale,
+        dropout=dropout,
+        training=True,
+        seed=bits,
+        backend=backend,
+    )
     keep, factor = random_bits.kept(random_bits.activation_draws(bits, x), dropout)
     # The factor of those kept comes after the product, which then has x's own values.
     base = F.linear(torch.where(keep, x, 0), weight)

@@ -64,7 +64,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 def _refuse_sharded(model: nn.Module, kind: type) -> None:
     """fully_shard changes the class of a module too, to one that it makes."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for name, layer in model.named_modules() if fsdp is not None else ():
         if isinstance(layer, kind) and isinstance(layer, fsdp.FSDPModule):
             raise ValueError(f"{name}: expected a layer before fully_shard, got {type(layer).__name__}")

@@ -6,6 +6,7 @@ names, adapters, hooks on the layer, copies and pickles stay PEFT's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ class FusedLinear(Linear):
     take.
     """
 
+    # Which parameters and modules these hold is PEFT's affair.
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_magnitude_vector: Any
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or self.disable_adapters or self.merged):
             if not kwargs:
@@ -42,7 +50,7 @@ class FusedLinear(Linear):
     def _one(self, x: Tensor, name: str) -> Tensor:
         factors = self.lora_A[name].weight, self.lora_B[name].weight
         dropout = self.lora_dropout[name]
-        options = {
+        options: dict[str, Any] = {
             "bias": self.base_layer.bias,
             "scale": self.scaling[name],
             "dropout": getattr(dropout, "p", 0.0),
@@ -53,7 +61,7 @@ class FusedLinear(Linear):
         options["training"] = dropout.training and self.training  # DoRA asks the layer first
         return dora_linear(x, self._weight(), *factors, self.lora_magnitude_vector[name].weight, **options)
 
-    def _rows(self, x: Tensor, names: list[str]) -> Tensor:
+    def _rows(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """Adapters of smaller ranks are filled up with zeros, which add nothing."""
         used = self._used(names)
         rank = max(self.lora_A[name].weight.shape[0] for name in used)
@@ -71,7 +79,7 @@ class FusedLinear(Linear):
     def _weight(self) -> Tensor:
         return self.base_layer.weight.t() if is_conv1d(self.base_layer) else self.base_layer.weight
 
-    def _used(self, names: list[str]) -> list[str]:
+    def _used(self, names: Sequence[str]) -> list[str]:
         """The adapters of a mixed batch that this layer has; the others' rows are of the base layer alone."""
         return [name for name in dict.fromkeys(names) if name in self.lora_A and name != "__base__"]
 
