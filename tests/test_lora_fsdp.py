@@ -185,7 +185,28 @@ def from_meta(rank: int, folder: str) -> Any:
     return whole(model)["0.magnitude"], norm, model(torch.ones(2, 16)).detach()
 
 
-OTHERS = [folder_of_a_sharded_model, refusals, single_layers, fused_after_sharding, from_meta]
+def compiled(rank: int, folder: str) -> Any:
+    """Results without torch.compile, with compiled layers, and with the whole model compiled around FSDP2's hooks."""
+    results = []
+    for how in ("eager", "layers", "whole"):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(LoRALinear(16, 16, 3, dropout=0.2, dora=dora) for dora in (True, False)))
+        nn.init.normal_(model[0].lora_b)
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+        if how == "layers":
+            for layer in model:
+                layer.compile(backend="aot_eager")
+        call = torch.compile(model, backend="aot_eager") if how == "whole" else model
+        torch.manual_seed(3)
+        y = call(torch.ones(5, 16))
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.full_tensor() for p in model.parameters() if p.grad is not None)])
+    return results
+
+
+OTHERS = [folder_of_a_sharded_model, refusals, single_layers, fused_after_sharding, from_meta, compiled]
 
 
 def process(rank: int, folder: str) -> None:
@@ -269,3 +290,12 @@ def test_initialised_after_sharding(results: list[dict[Any, Any]]) -> None:
         magnitude, norm, y = result["from_meta"]
         torch.testing.assert_close(magnitude, norm)
         assert torch.isfinite(y).all() and torch.equal(y, results[0]["from_meta"][2])
+
+
+def test_compiled(results: list[dict[Any, Any]], extension: object) -> None:
+    for result in results:
+        eager, *others = result["compiled"]
+        assert len(eager) == 6 and all(t.any() for t in eager[1:4])
+        for other in others:
+            for a, b in zip(eager, other, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
