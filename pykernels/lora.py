@@ -1,7 +1,8 @@
 """LoRALinear: `lora_linear` as a layer that takes the place of an nn.Linear or of GPT-2's Conv1D.
 
 LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) leaves the weight as it is and trains a term of rank r beside
-it; rank-stabilised LoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732) divides by sqrt(r) instead of r.
+it; rank-stabilised LoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732) divides by sqrt(r) instead of r; DoRA
+(Liu et al. 2024, https://arxiv.org/abs/2402.09353) also trains the lengths of the rows of weight and term together.
 `apply_lora` (lora_model.py) puts these layers into a whole model.
 """
 
@@ -16,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_dropout, check_float, check_floating, check_int
+from .dora_linear import dora_linear, dora_norm, dora_scale
 from .lora_linear import lora_linear
 
 INITS = ("b_zero", "a_zero")
 
 
 class LoRALinear(nn.Module):
-    """A linear layer with a frozen weight and a trained low-rank term. The keys are those of nn.Linear, and two more.
+    """A linear layer with a frozen weight and a trained low-rank term. Its keys are nn.Linear's, and two or three more.
 
         y = x weight^T + bias + scale * (dropout(x) lora_a^T) lora_b^T
 
@@ -34,18 +36,22 @@ class LoRALinear(nn.Module):
         init: "b_zero" begins with lora_b = 0 and lora_a as the weight of nn.Linear(K, r) (PEFT, Init[1] of the LoRA+
             paper); "a_zero" with lora_a = 0 and lora_b as the weight of nn.Linear(r, N) (Init[2]). Either way the layer
             begins as the linear layer alone.
-        dtype: of weight and bias. adapter_dtype: of lora_a and lora_b; None: float32, or float64 where dtype is.
-            Both may be changed with to(); x has the dtype of weight, but for autocast.
+        dora: y = m * (x weight^T + scale * (x lora_a^T) lora_b^T) + bias, m = magnitude / |weight + scale * lora_b
+            lora_a|, the norm of each row (`dora_linear`, which tells what dropout then is). magnitude begins as that
+            norm.
+        dtype: of weight and bias. adapter_dtype: of lora_a, lora_b and magnitude; None: float32, or float64 where dtype
+            is. Both may be changed with to(); x has the dtype of weight, but for autocast.
         backend: as in `lora_linear`.
 
     Parameters: weight [N, K] and bias [N], which do not require gradients until they are told to, lora_a [r, K] and
-    lora_b [N, r]. From a Conv1D weight is [K, N], as there (`fan_in_fan_out`).
+    lora_b [N, r], with dora magnitude [N]. From a Conv1D weight is [K, N], as there (`fan_in_fan_out`).
     """
 
     weight: Tensor
     bias: Tensor | None
     lora_a: Tensor
     lora_b: Tensor
+    magnitude: Tensor | None
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class LoRALinear(nn.Module):
         dropout: float = 0.0,
         *,
         rslora: bool = False,
+        dora: bool = False,
         bias: bool = True,
         init: str = "b_zero",
         device: torch.device | str | None = None,
@@ -69,6 +76,7 @@ class LoRALinear(nn.Module):
         check_settings(alpha, dropout, init)
         self.in_features, self.out_features, self.r, self.alpha = in_features, out_features, r, float(alpha)
         self.dropout, self.rslora, self.init, self.backend = float(dropout), bool(rslora), init, backend
+        self.dora = bool(dora)
         self.scale = self.alpha / (math.sqrt(r) if rslora else r)
         self.fan_in_fan_out = False
         self.enabled = True
@@ -83,6 +91,8 @@ class LoRALinear(nn.Module):
         check_floating("adapter_dtype", lora_a)
         self.lora_a = nn.Parameter(lora_a)
         self.lora_b = nn.Parameter(torch.empty(out_features, r, device=device, dtype=adapter_dtype))
+        lengths = nn.Parameter(torch.empty(out_features, device=device, dtype=adapter_dtype)) if dora else None
+        self.register_parameter("magnitude", lengths)
         self.reset_parameters()
 
     @classmethod
@@ -91,8 +101,8 @@ class LoRALinear(nn.Module):
     ) -> LoRALinear:
         """A LoRALinear on the parameters of an nn.Linear or a transformers.pytorch_utils.Conv1D.
 
-        They are shared, not copied, and frozen. Options: rslora, init, adapter_dtype, backend. TypeError for other
-        layers, ValueError for layers whose forward this one would not repeat (hooks, parametrizations).
+        They are shared, not copied, and frozen. Options: rslora, dora, init, adapter_dtype, backend. TypeError for
+        other layers, ValueError for layers whose forward this one would not repeat (hooks, parametrizations).
         """
         check_layer("layer", layer)
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
@@ -106,8 +116,8 @@ class LoRALinear(nn.Module):
         for p in (weight, bias):
             if p is not None:
                 p.requires_grad_(False)
-        made.lora_a = nn.Parameter(torch.empty_like(made.lora_a, device=weight.device))
-        made.lora_b = nn.Parameter(torch.empty_like(made.lora_b, device=weight.device))
+        for name in made.adapter_keys:
+            setattr(made, name, nn.Parameter(torch.empty_like(getattr(made, name), device=weight.device)))
         made.reset_adapter()
         return made.train(layer.training)
 
@@ -134,38 +144,53 @@ class LoRALinear(nn.Module):
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
-        """Back to a term of zero: `init` says which of the factors is random."""
+        """Back to a term of zero: `init` says which of the factors is random. Then magnitude is the weight's own."""
         random, zero = (self.lora_a, self.lora_b) if self.init == "b_zero" else (self.lora_b, self.lora_a)
         nn.init.zeros_(zero)
         if random.numel():
             nn.init.kaiming_uniform_(random, a=math.sqrt(5))
+        self._reset_magnitude()
+
+    @torch.no_grad()
+    def _reset_magnitude(self) -> None:
+        if self.magnitude is not None:
+            self.magnitude.copy_(dora_norm(self._matrix(self.original_weight), self.lora_a, self.lora_b, self.scale))
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """[N, K]."""
+        return weight.t() if self.fan_in_fan_out else weight
+
+    @property
+    def adapter_keys(self) -> list[str]:
+        """The adapter's parameters."""
+        return ["lora_a", "lora_b"] + ["magnitude"] * (self.magnitude is not None)
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]; seed of dropout as in `lora_linear`.
 
-        RuntimeError where a merged layer is being trained: the gradients of lora_a and lora_b would be lost.
+        RuntimeError where a merged layer is being trained: the gradients of the adapter would be lost.
         """
         weight = self.weight
         if self._unmerged is not None:
-            if self.training and torch.is_grad_enabled() and (self.lora_a.requires_grad or self.lora_b.requires_grad):
+            trained = any(getattr(self, name).requires_grad for name in self.adapter_keys)
+            if self.training and torch.is_grad_enabled() and trained:
                 raise RuntimeError("LoRALinear: expected an unmerged layer in training, call unmerge() or eval() first")
             if not self.enabled:
                 weight = self.original_weight
-        matrix = weight.t() if self.fan_in_fan_out else weight
+        matrix = self._matrix(weight)
         if not self.enabled or self._unmerged is not None:
             return F.linear(x, matrix, self.bias)
-        return lora_linear(
-            x,
-            matrix,
-            self.lora_a,
-            self.lora_b,
-            bias=self.bias,
-            scale=self.scale,
-            dropout=self.dropout,
-            training=self.training,
-            seed=seed,
-            backend=self.backend,
-        )
+        options: dict[str, Any] = {
+            "bias": self.bias,
+            "scale": self.scale,
+            "dropout": self.dropout,
+            "training": self.training,
+            "seed": seed,
+            "backend": self.backend,
+        }
+        if self.magnitude is None:
+            return lora_linear(x, matrix, self.lora_a, self.lora_b, **options)
+        return dora_linear(x, matrix, self.lora_a, self.lora_b, self.magnitude, **options)
 
     @property
     def merged(self) -> bool:
@@ -178,23 +203,38 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """scale * lora_b lora_a in at least float32: what merging adds, in the layout of weight."""
+        """What merging adds, in at least float32 and the layout of weight: scale * lora_b lora_a, for DoRA more."""
+        return self._merged_weight() - self.original_weight if self.dora else self._term()
+
+    def _term(self) -> Tensor:
         exact = torch.promote_types(self.lora_a.dtype, torch.float32)
-        delta = self.lora_b.to(exact) @ self.lora_a.to(exact) * self.scale
-        return delta.t() if self.fan_in_fan_out else delta
+        return self._matrix(self.lora_b.to(exact) @ self.lora_a.to(exact) * self.scale)
+
+    def _merged_weight(self) -> Tensor:
+        weight, term = self.original_weight, self._term()
+        merged = weight.to(term.dtype) + term
+        if self.magnitude is None:
+            return merged
+        norm = dora_norm(self._matrix(weight), self.lora_a, self.lora_b, self.scale)
+        return self._matrix(self._matrix(merged) * dora_scale(self.magnitude, norm)[:, None])
 
     @torch.no_grad()
     def merge(self) -> LoRALinear:
-        """Makes weight + scale * lora_b lora_a the weight, added in float32 and rounded once. Returns self.
+        """Makes weight + scale * lora_b lora_a the weight, in float32 and rounded once; m times that for DoRA.
 
-        For inference: one product instead of three. The original weight is kept besides, for `unmerge`, for
-        state_dict(), which does not change, and for other modules that share it. Changes of lora_a or lora_b are not
+        Returns self. For inference: one product instead of three. The original weight is kept besides, for `unmerge`,
+        for state_dict(), which does not change, and for other modules that share it. Changes of the adapter are not
         seen until the layer is merged anew, but for those of load_state_dict() and to(). A merged layer stays so.
+        RuntimeError for a layer whose parameters are sharded, which belong to what has sharded them.
         """
+        if is_sharded(self.weight):
+            raise RuntimeError(
+                "LoRALinear: expected whole parameters to merge, got sharded ones; merge a plain model that load_lora "
+                "has adapted"
+            )
         if self._unmerged is None:
             assert isinstance(self.weight, nn.Parameter)
-            delta = self.delta_weight()
-            merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+            merged = self._merged_weight().to(self.weight.dtype)
             self._unmerged = (self.weight,)
             self.weight = nn.Parameter(merged, requires_grad=False)
         return self
@@ -212,10 +252,12 @@ class LoRALinear(nn.Module):
         super()._apply(fn, recurse)
         return self.merge() if merged else self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         merged = self.merged
         self.unmerge()
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "weight" in state_dict and prefix + "magnitude" not in state_dict:
+            self._reset_magnitude()  # that of the plain layer's weight, so that the layer begins as it
         if merged:
             self.merge()
 
@@ -226,7 +268,8 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         told = [f"{self.in_features}, {self.out_features}, r={self.r}, alpha={self.alpha:g}"]
-        told += [f"dropout={self.dropout:g}"] * (self.dropout > 0) + ["rslora=True"] * self.rslora
+        told += [f"dropout={self.dropout:g}"] * (self.dropout > 0)
+        told += ["rslora=True"] * self.rslora + ["dora=True"] * self.dora
         told += ["bias=False"] * (self.bias is None) + [f"init={self.init!r}"] * (self.init != "b_zero")
         told += [f"backend={self.backend!r}"] * (self.backend is not None)
         told += ["fan_in_fan_out"] * self.fan_in_fan_out
@@ -263,6 +306,12 @@ def check_layer(name: str, layer: object) -> None:
             f"{name}: expected the parameters weight and bias alone, got {', '.join(besides) or 'a computed weight'}"
         )
     check_floating(f"{name}.weight", weight)
+
+
+def is_sharded(t: object) -> bool:
+    """Whether it is a DTensor, of which there is none before its module is imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def has_hooks(module: nn.Module) -> bool:

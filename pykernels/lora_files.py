@@ -1,8 +1,9 @@
 """save_lora and load_lora: PEFT's adapter folders, written from and read into LoRALinear layers, without PEFT.
 
 adapter_config.json         ranks, alphas, which layers: a peft.LoraConfig
-adapter_model.safetensors   base_model.model.<layer>.lora_A.weight [r, K] and .lora_B.weight [N, r], and what else
-                            was trained: biases, and whole modules (PEFT: modules_to_save)
+adapter_model.safetensors   base_model.model.<layer>.lora_A.weight [r, K] and .lora_B.weight [N, r], with DoRA also
+                            .lora_magnitude_vector [N], and what else was trained: biases, and whole modules (PEFT:
+                            modules_to_save)
 """
 
 from __future__ import annotations
@@ -21,18 +22,23 @@ from torch import Tensor, nn
 
 from ._checks import words
 from ._files import save_tensors, write_atomically
-from .lora import LoRALinear
+from .lora import LoRALinear, is_sharded
 from .lora_model import check_model, ends_with_one, lora_layers, replace_layers
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 # Fields of a LoraConfig that load_lora heeds, and those that change nothing once the tensors are there.
-_HEEDED = "peft_type r lora_alpha lora_dropout use_rslora bias modules_to_save rank_pattern alpha_pattern".split()
+_HEEDED = (
+    "peft_type r lora_alpha lora_dropout use_rslora use_dora bias modules_to_save rank_pattern alpha_pattern"
+).split()
 _WITHOUT_EFFECT = (
     "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules "
     "exclude_modules fan_in_fan_out layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config "
     "eva_config"
 ).split()
+# The adapter's tensors; PEFT has had magnitudes with and without ".weight".
+_FACTOR = r"(.+)\.lora_(?:([AB])\.weight|(magnitude_vector)(?:\.weight)?)"
+_PARAMETERS = {"A": "lora_a", "B": "lora_b", "magnitude_vector": "magnitude"}
 # Initialisations that also change the weights of the base model, which the folder does not hold.
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -42,19 +48,21 @@ def save_lora(
 ) -> None:
     """Writes an adapter folder that `peft.PeftModel.from_pretrained(plain model, folder)` and `load_lora` read.
 
-    It holds lora_a and lora_b, trained biases, and the modules of which every parameter is trained. Merged layers are
-    written as if they were not. base_model and task_type ("SEQ_CLS", ...) are notes for PEFT.
+    It holds the adapters, trained biases, and the modules of which every parameter is trained. Merged layers are
+    written as if they were not. base_model and task_type ("SEQ_CLS", ...) are notes for PEFT. Where fully_shard has
+    sharded the model, all processes must call, and each writes the whole.
 
     Each file is written whole or not at all. ValueError, before anything is written, for what the format cannot hold: a
-    trained parameter in a module that is otherwise frozen, different dropouts, or adapters and biases trained in part.
+    trained parameter in a module that is otherwise frozen, different dropouts, rslora or dora in some layers, or
+    adapters and biases trained in part.
     """
     layers = lora_layers(model)
     modules, bias = _trained_besides(model, layers)
-    dropouts, forms = {layer.dropout for layer in layers.values()}, {layer.rslora for layer in layers.values()}
-    for name, values in (("dropout", dropouts), ("rslora", forms)):
-        if len(values) > 1:
-            raise ValueError(f"model: expected one {name} for all layers, got {sorted(values)}")
-    (dropout,), (rslora,) = dropouts, forms
+    common: dict[str, Any] = {}
+    for name in ("dropout", "rslora", "dora"):
+        common[name], *others = sorted({getattr(layer, name) for layer in layers.values()})
+        if others:
+            raise ValueError(f"model: expected one {name} for all layers, got {[common[name], *others]}")
     ranks = {name: layer.r for name, layer in layers.items()}
     alphas = {name: _alpha(layer) for name, layer in layers.items()}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
@@ -65,8 +73,9 @@ def save_lora(
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "use_rslora": rslora,
+        "lora_dropout": common["dropout"],
+        "use_rslora": common["rslora"],
+        "use_dora": common["dora"],
         "target_modules": _targets(model, layers),
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "bias": bias,
@@ -78,6 +87,8 @@ def save_lora(
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
+        if layer.magnitude is not None:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude
         if bias != "none" and layer.bias is not None:
             tensors[f"{PREFIX}{name}.base_layer.bias"] = layer.bias
     if bias == "all":
@@ -88,6 +99,8 @@ def save_lora(
     for module in modules:
         state = model.get_submodule(module).state_dict()
         tensors |= {f"{PREFIX}{module}.{key}": t for key, t in state.items()}
+    # Sharded parameters are put together, by all processes in this order.
+    tensors = {key: t.full_tensor() if is_sharded(t) else t for key, t in tensors.items()}  # type: ignore[attr-defined]
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -98,11 +111,11 @@ def save_lora(
 def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, backend: str | None = None) -> nn.Module:
     """Adapts a plain model as the adapter folder says, of PEFT or of `save_lora`, and returns it, changed.
 
-    lora_a, lora_b and the biases and modules that the folder holds are trained from here on, all else is frozen.
+    The adapters and the biases and modules that the folder holds are trained from here on, all else is frozen.
 
     FileNotFoundError where a file is missing. TypeError or ValueError with the name, before anything is changed: for
-    features that LoRALinear does not have (DoRA, lora_bias, LoRA of embeddings, a field that is not known), for tensors
-    that do not fit the model or that nothing asks for, and for models that already have adapters.
+    features that LoRALinear does not have (lora_bias, LoRA of embeddings, a field that is not known), for tensors that
+    do not fit the model or that nothing asks for, and for models that already have adapters.
     """
     check_model(model)
     path = Path(folder)
@@ -112,8 +125,8 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, backend: str 
     others: dict[str, Tensor] = {}
     for key, t in tensors.items():
         name = key.removeprefix(PREFIX)
-        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
-            factors.setdefault(match[1], {})[match[2]] = t
+        if match := re.fullmatch(_FACTOR, name):
+            factors.setdefault(match[1], {})[match[2] or match[3]] = t
             continue
         # With bias="all" PEFT writes the biases of whole modules once more, of the frozen originals too.
         if re.search(r"\.(original_module|modules_to_save)\.(.+\.)?bias$", name):
@@ -132,14 +145,15 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, backend: str 
         if name in ranks:
             ranks |= {n: ranks[name] for n, m in model.named_modules(remove_duplicate=False) if m is layer}
     whole = [name for name, _ in model.named_modules() if ends_with_one(name, config["modules_to_save"] or ())]
-    options = {"dropout": config["lora_dropout"], "rslora": config["use_rslora"], "backend": backend}
+    options = {"dropout": config["lora_dropout"], "rslora": config["use_rslora"], "dora": config["use_dora"]}
+    options["backend"] = backend
     replace_layers(model, ranks, whole, config["bias"], options)
     with torch.no_grad():
         for name, pair in factors.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, LoRALinear)
-            layer.lora_a.copy_(pair["A"])
-            layer.lora_b.copy_(pair["B"])
+            for key, t in pair.items():
+                getattr(layer, _PARAMETERS[key]).copy_(t)
         state = dict(model.state_dict(keep_vars=True))
         for name, t in others.items():
             state[name].copy_(t)
@@ -170,7 +184,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{CONFIG}: {name}: expected nothing or false (LoRALinear has no such thing), got {value!r}"
             )
-    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "bias": "none"}
+    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "bias": "none"}
     patterns: dict[str, Any] = {"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
     return defaults | patterns | {name: value for name, value in config.items() if name in _HEEDED}
 
@@ -194,8 +208,11 @@ def _rank_and_alpha(
     config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor], model: nn.Module
 ) -> tuple[int, float]:
     """Checks the factors of one layer against the configuration and the model."""
-    if missing := {"A", "B"} - pair.keys():
-        raise ValueError(f"{WEIGHTS}: expected lora_A and lora_B of {name}, got none of lora_{missing.pop()}")
+    wanted = ["A", "B"] + ["magnitude_vector"] * bool(config["use_dora"])
+    if wrong := sorted(set(wanted) ^ pair.keys()):
+        got = "none of" if wrong[0] in wanted else "also"
+        told = " and ".join(f"lora_{key}" for key in wanted)
+        raise ValueError(f"{WEIGHTS}: expected {told} of {name}, got {got} lora_{wrong[0]}")
     try:
         layer = model.get_submodule(name)
     except AttributeError:
@@ -204,8 +221,9 @@ def _rank_and_alpha(
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.dim() == 2:
         n, k = weight.shape if isinstance(layer, nn.Linear) else weight.shape[::-1]
-        for key, shape in (("A", (r, k)), ("B", (n, r))):
-            if tuple(pair[key].shape) != shape:
+        shapes = {"A": (r, k), "B": (n, r), "magnitude_vector": (n,)}
+        for key, shape in shapes.items():
+            if key in pair and tuple(pair[key].shape) != shape:
                 raise ValueError(
                     f"{WEIGHTS}: expected shape {list(shape)} of {name}.lora_{key}, got {list(pair[key].shape)}"
                 )
@@ -242,10 +260,9 @@ def _trained_besides(model: nn.Module, layers: Mapping[str, LoRALinear]) -> tupl
     """Modules of which all parameters are trained, the outermost ones, and the `bias` of PEFT's configuration."""
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     for name, layer in layers.items():
-        if not (layer.lora_a.requires_grad and layer.lora_b.requires_grad):
-            raise ValueError(
-                f"model: expected lora_a and lora_b to require gradients (what does is written), got {name} frozen"
-            )
+        if not all(getattr(layer, parameter).requires_grad for parameter in layer.adapter_keys):
+            told = f"{', '.join(layer.adapter_keys[:-1])} and {layer.adapter_keys[-1]}"
+            raise ValueError(f"model: expected {told} to require gradients (what does is written), got {name} frozen")
     modules: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in modules)
@@ -255,7 +272,7 @@ def _trained_besides(model: nn.Module, layers: Mapping[str, LoRALinear]) -> tupl
             isinstance(m, LoRALinear) for m in module.modules()
         ):
             modules.append(name)
-    factors = {f"{name}.lora_{x}" for name in layers for x in "ab"}
+    factors = {f"{name}.{parameter}" for name, layer in layers.items() for parameter in layer.adapter_keys}
     rest = {
         name
         for name, p in model.named_parameters()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ._checks import check_choice, check_int
-from .lora import LoRALinear, check_layer, check_settings, is_conv1d
+from .lora import LoRALinear, check_layer, check_settings, is_conv1d, is_sharded
 
 BIASES = ("none", "lora_only", "all")
 
@@ -25,6 +25,7 @@ def apply_lora(
     dropout: float = 0.0,
     *,
     rslora: bool = False,
+    dora: bool = False,
     init: str = "b_zero",
     bias: str = "none",
     trainable: Sequence[str] = (),
@@ -40,7 +41,7 @@ def apply_lora(
         target_modules: which layers, in the manner of PEFT. A list of names, each a whole name or its last parts
             ("query", "attention.self.query"); or one regular expression that whole names match; or "all-linear", all
             but the output layer of a transformers model and those in `exclude` and `trainable`.
-        r, alpha, dropout, rslora, init, adapter_dtype, backend: of each LoRALinear.
+        r, alpha, dropout, rslora, dora, init, adapter_dtype, backend: of each LoRALinear.
         bias: which biases are trained: "none", "lora_only" (those of the adapted layers), or "all".
         trainable: names, whole or last parts, of modules that are trained as they are, such as a new classifier; layers
             inside them are not adapted (PEFT: modules_to_save).
@@ -56,7 +57,8 @@ def apply_lora(
     check_model(model)
     names = _chosen(model, target_modules, trainable, exclude)
     kept = [name for name, _ in model.named_modules() if ends_with_one(name, trainable)]
-    options = {"dropout": dropout, "rslora": rslora, "init": init, "adapter_dtype": adapter_dtype, "backend": backend}
+    options = {"dropout": dropout, "rslora": rslora, "dora": dora, "init": init}
+    options |= {"adapter_dtype": adapter_dtype, "backend": backend}
     return replace_layers(model, {name: (r, alpha) for name in names}, kept, bias, options)
 
 
@@ -142,9 +144,13 @@ def unload_lora(model: nn.Module, merge: bool = False) -> nn.Module:
     """Plain nn.Linear and Conv1D layers again, with the original weights or, with `merge`, the merged ones.
 
     Which parameters require gradients stays as it is. ValueError, before anything is changed, where a weight that is
-    to be merged is also that of another module, which a plain model would make one again when it is loaded.
+    to be merged is also that of another module, which a plain model would make one again when it is loaded; TypeError
+    for sharded parameters.
     """
     layers = lora_layers(model)
+    for name, layer in layers.items():
+        if is_sharded(layer.weight):
+            raise TypeError(f"model: expected whole parameters, got sharded ones ({name}.weight)")
     if merge:
         for name, layer in layers.items():
             shared = [
@@ -266,6 +272,9 @@ def check_model(model: object) -> None:
             "model: expected the model itself, got DistributedDataParallel, which must be told of new parameters: wrap "
             "the model afterwards"
         )
+    for name, p in model.named_parameters():
+        if is_sharded(p):
+            raise TypeError(f"model: expected whole parameters, got sharded ones ({name}): shard the model afterwards")
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear) or is_peft(module):
             kind = "PEFT's" if is_peft(module) else "LoRALinear's; unload_lora(model) takes them out"

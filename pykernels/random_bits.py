@@ -76,8 +76,14 @@ def keep_threshold(keep_p: float) -> int:
 
 def dropout_factors(draws: Tensor, dropout: float) -> Tensor:
     """What dropout multiplies with: 0, or 65536 / threshold so that the mean is exactly 1. draws int -> float32."""
+    keep, factor = kept(draws, dropout)
+    return keep.to(torch.float32) * factor
+
+
+def kept(draws: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+    """What dropout keeps, and the factor of that. draws int -> bool of the same shape, 0-d float32."""
     threshold = keep_threshold(1.0 - dropout)
-    return (draws < threshold).to(torch.float32) * (65536 / max(1, threshold))
+    return draws < threshold, torch.full((), 65536 / max(1, threshold), dtype=torch.float32, device=draws.device)
 
 
 def uniform_noise(draws: Tensor, amplitude: float) -> Tensor:

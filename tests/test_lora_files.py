@@ -226,7 +226,6 @@ def assert_refused(folder: Path, error: type[Exception], message: str) -> None:
 @pytest.mark.parametrize(
     "fields, error, message",
     [
-        ({"use_dora": True}, ValueError, "^adapter_config.json: use_dora: expected nothing or false .* got True"),
         ({"lora_bias": True}, ValueError, "^adapter_config.json: lora_bias"),
         ({"target_parameters": ["x"]}, ValueError, "^adapter_config.json: target_parameters"),
         ({"alora_invocation_tokens": [1]}, ValueError, "^adapter_config.json: alora_invocation_tokens"),

@@ -5,87 +5,29 @@ from __future__ import annotations
 import copy
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pykernels import fuse, lora_linear, unfuse
+from pykernels import fuse, unfuse
 from tests.helpers import FLOATS
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+from tests.peft_cases import MODELS, assert_same, bert, disturb, record_calls, results, token_ids  # noqa: E402
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Grows by one with each call of lora_linear by a fused layer."""
-    from pykernels import peft_linear
-
-    made: list[Any] = []
-
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
-        made.append(kwargs)
-        return lora_linear(*args, **kwargs)
-
-    monkeypatch.setattr(peft_linear, "lora_linear", counted)
-    yield made
-
-
-def bert(**config: Any) -> nn.Module:
-    torch.manual_seed(1)
-    sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    plain = transformers.BertForSequenceClassification(
-        transformers.BertConfig(
-            **sizes, intermediate_size=24, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-        )
-    )
-    targets = {"target_modules": ["query", "value", "intermediate.dense"], "r": 4, "lora_alpha": 6}
-    return peft.get_peft_model(plain, peft.LoraConfig(**(targets | config)))
-
-
-def gpt2(**config: Any) -> nn.Module:
-    torch.manual_seed(2)
-    sizes = transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=16, vocab_size=30, n_positions=12, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    )
-    targets = {"target_modules": ["c_attn", "c_fc", "c_proj"], "r": 3, "fan_in_fan_out": True}
-    return peft.get_peft_model(transformers.GPT2LMHeadModel(sizes), peft.LoraConfig(**(targets | config)))
-
-
-MODELS: dict[str, tuple[Callable[..., nn.Module], int]] = {"bert": (bert, 6), "gpt2": (gpt2, 8)}
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    return record_calls(monkeypatch)
 
 
 @pytest.fixture
 def ids() -> Tensor:
-    return torch.randint(0, 30, (2, 9), generator=torch.Generator().manual_seed(3))
-
-
-def disturb(model: nn.Module) -> nn.Module:
-    """Adapters that are not zero, all of them."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    return model
-
-
-def results(model: nn.Module, ids: Tensor, **inputs: Any) -> dict[str, Tensor]:
-    """Logits and all gradients of trained parameters."""
-    model.zero_grad()
-    logits = model(input_ids=ids, **inputs).logits
-    logits.float().square().mean().backward()
-    return {"logits": logits.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype
-        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    return token_ids()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +99,7 @@ def test_dropout_is_of_the_rate_and_only_in_training(ids: Tensor, calls: list[An
     model = fuse(disturb(bert(lora_dropout=0.25))).train()
     torch.manual_seed(5)
     first = results(model, ids)
-    assert all(call["dropout"] == 0.25 and call["training"] for call in calls)
+    assert all(options["dropout"] == 0.25 and options["training"] for _, options in calls)
     torch.manual_seed(5)
     assert_same(results(model, ids), first, 0, 0)
     assert not torch.equal(results(model, ids)["logits"], first["logits"])
@@ -232,15 +174,13 @@ def test_an_adapter_that_is_added_later_is_served(ids: Tensor, calls: list[Any])
     assert_same(fused, results(unfuse(model), ids))
 
 
-def test_context_managers_and_mixed_batches(ids: Tensor, calls: list[Any]) -> None:
+def test_context_managers(ids: Tensor, calls: list[Any]) -> None:
     model = bert()
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["query", "attention.output.dense"]))
     twin = fuse(copy.deepcopy(disturb(model).eval()))
     with torch.no_grad():
         with model.disable_adapter(), twin.disable_adapter():
             assert torch.equal(model(ids).logits, twin(ids).logits)
-        names = ["other", "__base__"]
-        assert torch.equal(model(ids, adapter_names=names).logits, twin(ids, adapter_names=names).logits)
         assert not calls
         twin(ids)
     assert len(calls) == 6
@@ -317,12 +257,13 @@ def test_layers_of_other_kinds_are_left(ids: Tensor, calls: list[Any]) -> None:
 def test_what_is_refused() -> None:
     query = "base_model.model.bert.encoder.layer.0.attention.self.query"
     for config, what in [
-        ({"use_dora": True}, "DoraLinearVariant"),
+        ({"alora_invocation_tokens": [5]}, r"ALoraLinearVariant \(a variant of LoRA\)"),
         ({"lora_bias": True}, "lora_bias"),
         ({"lora_dropout": 1.0}, "a dropout of 1"),
     ]:
         model = bert(**config)
-        with pytest.raises(ValueError, match=rf"^{query}: expected plain LoRA, got {what}.* in the adapter 'default'"):
+        message = rf"^{query}: expected LoRA or DoRA, got {what}.* in the adapter 'default'"
+        with pytest.raises(ValueError, match=message):
             fuse(model)
         assert "FusedLinear" not in repr(model)
     model = bert()
@@ -348,8 +289,8 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_adapter_with_more_than_lora_added_later_runs_in_pefts_forward(ids: Tensor, calls: list[Any]) -> None:
     model = fuse(disturb(bert()))
-    model.add_adapter("dora", peft.LoraConfig(r=2, target_modules=["query"], use_dora=True))
-    model.set_adapter("dora")
+    model.add_adapter("biased", peft.LoraConfig(r=2, target_modules=["query"], lora_bias=True))
+    model.set_adapter("biased")
     fused = results(model, ids)
     assert not calls
     twin = unfuse(model)
