@@ -68,6 +68,49 @@ def descend(lr_a: float, lr_b: float, steps: int, seed: int, backend: str | None
     return {"train": [*losses, train], "test": test} if finite else {"train": losses, "test": None}
 
 
-def final(runs: Sequence[dict[str, Any]]) -> float:
-    """The mean training loss at the end; inf where one of the runs diverged."""
-    return sum(math.inf if run["test"] is None else run["train"][-1] for run in runs) / len(runs)
+# --- the plane of both rates ---
+
+Grid = dict[tuple[int, int], list[dict[str, Any]]]
+"""The runs with rates 2^a and 2^b by (a, b), a seed each."""
+
+RATIOS = (0, 1, 2, 3, 4, 5)
+"""Exponents of the ratios that are told of."""
+
+
+def exponents(spacing: int) -> tuple[range, range]:
+    """Of lr_a and of lr_b: from too slow to where gradient descent diverges. Equal rates are among them."""
+    return range(-14, -3, spacing), range(-10, 3, spacing)
+
+
+def final(runs: Sequence[dict[str, Any]], name: str = "train") -> float:
+    """The mean loss at the end; inf where one of the runs diverged."""
+    if any(run["test"] is None for run in runs):
+        return math.inf
+    return sum(run["test"] if name == "test" else run["train"][-1] for run in runs) / len(runs)
+
+
+def best_of_ratio(grid: Grid, exponent: int) -> tuple[int, int] | None:
+    """The pair whose ratio is 2^exponent and whose training loss ends lowest; None where all diverged."""
+    pairs = [pair for pair in grid if pair[1] - pair[0] == exponent and final(grid[pair]) < math.inf]
+    return min(pairs, key=lambda pair: final(grid[pair]), default=None)
+
+
+def report(grid: Grid) -> str:
+    steps = max(len(run["train"]) - 1 for runs in grid.values() for run in runs)
+    lines = [
+        f"toy problem: means of {len(next(iter(grid.values())))} seeds after {steps} steps of gradient descent, the "
+        "best pair of each ratio",
+        f"{'ratio':>12} {'lr of a':>9} {'lr of b':>9} {'train loss':>11} {'test loss':>10}",
+    ]
+    rows = [(f"2^{k}", best_of_ratio(grid, k)) for k in RATIOS]
+    stable = [pair for pair in grid if final(grid[pair]) < math.inf]
+    best = min(stable, key=lambda pair: final(grid[pair]), default=None)
+    rows.append(("best: " + (f"2^{best[1] - best[0]}" if best else ""), best))
+    for name, pair in rows:
+        if pair is not None:
+            losses = f"{final(grid[pair]):11.4f} {final(grid[pair], 'test'):10.4f}"
+            lines.append(f"{name:>12} {f'2^{pair[0]}':>9} {f'2^{pair[1]}':>9} {losses}")
+    if stable:
+        a, b = max(pair[0] for pair in stable), max(pair[1] for pair in stable)
+        lines.append(f"the largest rates with which no seed diverges, whatever the other is: a 2^{a}, b 2^{b}")
+    return "\n".join(lines)
