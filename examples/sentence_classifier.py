@@ -150,16 +150,22 @@ class Plan:
 class Fit:
     """Training step by step, so that several models can take turns.
 
-    What is random in a step is seeded by seed and step alone: models that take turns draw what each would draw alone,
-    and draw the same where they are alike.
+    What is random in a step is seeded by seed, stream and step alone: models that take turns draw what each would draw
+    alone, and draw the same where they are alike. Another stream is other draws on the same batches.
 
     Attributes: losses, of the steps that were made, and seconds, of each from the batch to the updated weights.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Callable[[nn.Module], Optimizer], train: Sentences, plan: Plan
+        self,
+        model: nn.Module,
+        optimizer: Callable[[nn.Module], Optimizer],
+        train: Sentences,
+        plan: Plan,
+        *,
+        stream: int = 0,
     ) -> None:
-        self.model, self.train, self.plan = model, train, plan
+        self.model, self.train, self.plan, self.stream = model, train, plan, stream
         self.optimizer = optimizer(model)
         self.schedule = LambdaLR(self.optimizer, plan.rate)
         self.losses: list[float] = []
@@ -178,7 +184,7 @@ class Fit:
             self._waiting = self.train.batches(plan.batch_size, plan.seed, self._epoch)[::-1]
             self._epoch += 1
         chosen = self._waiting.pop()
-        torch.manual_seed(plan.seed * 1_000_003 + made)
+        torch.manual_seed((plan.seed * 1009 + self.stream) * 1_000_003 + made)
         self.model.train()
         begun = time.perf_counter()
         logits = self.model(**self.train.batch(chosen)).logits
