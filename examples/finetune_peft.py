@@ -208,7 +208,7 @@ def work(config: PeftConfig) -> int:
             else:
                 progress.done += models * config.steps
             found[dtype, seed] = results[name]
-    print(f"{config.steps} steps of {config.batch_size}, in blocks of {config.block}, {torch.get_num_threads()} threads")
+    print(f"{config.steps} steps of {config.batch_size}, blocks of {config.block}, {torch.get_num_threads()} threads")
     print(table(found))
     draw(found, out / "losses.png")
     print(f"\nresults.json and losses.png are in {out}")

@@ -41,7 +41,7 @@ EXAMPLES = """examples:
   python examples/loraplus.py --quick --data glue/CoLA --out runs/quick  # and a few steps of the encoder
   python examples/loraplus.py --data glue/CoLA --dtype bf16 --threads 1  # some 30 CPU minutes
   python examples/loraplus.py --data glue/CoLA --dtype bf16 --threads 1 --seeds 5 --resume auto  # more seeds
-  python examples/loraplus.py --data glue/RTE --targets query key value dense --toy-seeds 0 --out runs/rte
+  python examples/loraplus.py --data glue/RTE --targets query value --toy-seeds 0 --out runs/rte
 
 --data: a folder with train.tsv, dev.tsv and perhaps val.tsv in the form of CoLA or RTE; without it the toy alone
 exit status: 0 finished, 2 wrong arguments or data, 130 stopped by a signal (what is finished is kept)
@@ -72,17 +72,17 @@ class PlusConfig(Options):
     limit: int = option(0, "sentences of each file, at most; 0: all")
     holdout: float = option(0.1, "share of train.tsv that chooses the rates where there is no val.tsv")
     dtype: str = option("fp32", "of frozen weights; adapters and head are float32", choices=tuple(DTYPES))
-    targets: tuple[str, ...] = option(("query", "value"), "layers with an adapter")
+    targets: tuple[str, ...] = option(("all-linear",), "layers with an adapter")
     r: int = option(8, "rank")
     alpha: float = option(16.0, "scale times rank")
     init: str = option("b_zero", "which factor begins at zero", choices=("b_zero", "a_zero"))
     dropout: float = option(0.0, "of the encoder")
     ratios: tuple[float, ...] = option((1.0, 4.0, 8.0, 16.0, 32.0), "rate of lora_b over rate of lora_a")
-    rates: tuple[float, ...] = option((1e-3, 2e-3, 4e-3), "geometric means of both rates that each ratio tries")
-    widen: int = option(3, "doublings or halvings beyond these while the best is at the end", may_change=True)
+    rates: tuple[float, ...] = option((5e-4, 1e-3, 2e-3), "geometric means of both rates that each ratio tries")
+    widen: int = option(2, "doublings or halvings beyond these while the best is at the end", may_change=True)
     seeds: int = option(3, "runs of each ratio at its best rates, with seeds from --seed on", may_change=True)
-    steps: int = option(150, "of a run; the rates fall to zero")
-    batch_size: int = option(32, "of a step")
+    steps: int = option(400, "of a run; the rates fall to zero")
+    batch_size: int = option(16, "of a step")
     toy_seeds: int = option(3, "of the toy problem; 0: without it", may_change=True)
     toy_steps: int = option(200, "of gradient descent")
     toy_spacing: int = option(1, "rates are powers of two, so many octaves apart")
@@ -136,9 +136,8 @@ def train_one(
     config: PlusConfig, pretrained: Pretrained, parts: dict[str, Sentences], ratio: float, rate: float, seed: int
 ) -> Fit:
     model = pretrained.classifier(seed, dropout=config.dropout, dtype=DTYPES[config.dtype])
-    apply_lora(
-        model, config.targets, config.r, config.alpha, init=config.init, trainable=[HEAD], backend=config.backend
-    )
+    targets = "all-linear" if config.targets == ("all-linear",) else config.targets
+    apply_lora(model, targets, config.r, config.alpha, init=config.init, trainable=[HEAD], backend=config.backend)
 
     def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(loraplus_param_groups(model, rate / math.sqrt(ratio), ratio), weight_decay=0.0)
