@@ -144,7 +144,7 @@ class Plan:
     def rate(self, step: int) -> float:
         """What the rates of a step, from 0 on, are multiplied by."""
         rising = self.warmup * self.steps
-        return (step + 1) / rising if step + 1 < rising else (self.steps - step) / (self.steps - math.floor(rising))
+        return min(1.0, (step + 1) / rising) if step < rising else (self.steps - step) / (self.steps - rising)
 
 
 class Fit:

@@ -17,41 +17,19 @@ from kit.progress import Progress
 from kit.run import Refused
 from kit.timing import interleaved
 from tests.runs import assert_same_run
+from tests.small_bert import make_bert, make_task
 
 transformers = pytest.importorskip("transformers")
-
-WORDS = "the cat dog sat ran on under a mat not".split()
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT of two layers, 16 wide, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("bert")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "."]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(3)
-    config = transformers.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=24, **sizes)
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
+    return make_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CoLA's form. The label is whether "not" is there: 1 of up to 14 words, the rest of which are random."""
-    folder = tmp_path_factory.mktemp("task")
-    generator = torch.Generator().manual_seed(5)
-    for name, count in (("train", 192), ("val", 64), ("dev", 64)):
-        lines = []
-        for i in range(count):
-            length = int(torch.randint(2, 14, (), generator=generator))
-            words = [WORDS[j] for j in torch.randint(len(WORDS) - 1, (length,), generator=generator)]
-            if i % 2:
-                words[int(torch.randint(length, (), generator=generator))] = "not"
-            lines.append(f"src\t{i % 2}\t\t{' '.join(words)}")
-        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
+    return make_task(tmp_path_factory.mktemp("task"))
 
 
 def encoded(encoder: Encoder, texts: list[tuple[str, ...]]) -> list[torch.Tensor]:
