@@ -59,7 +59,7 @@ QUICK = {
     "batch_size": 16,
     "limit": 128,
 }
-WINDOW = 20  # steps that a loss of the curve is the mean of
+WINDOW = 50  # steps that a loss of the curve is the mean of
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class PlusConfig(Options):
     alpha: float = option(16.0, "scale times rank")
     init: str = option("b_zero", "which factor begins at zero", choices=("b_zero", "a_zero"))
     dropout: float = option(0.0, "of the encoder")
-    ratios: tuple[float, ...] = option((1.0, 4.0, 8.0, 16.0, 32.0), "rate of lora_b over rate of lora_a")
-    rates: tuple[float, ...] = option((5e-4, 1e-3, 2e-3), "geometric means of both rates that each ratio tries")
+    ratios: tuple[float, ...] = option((1.0, 4.0, 8.0, 16.0, 32.0), "rate of lora_b over lora_a's", may_change=True)
+    rates: tuple[float, ...] = option((5e-4, 1e-3, 2e-3), "geometric means of both rates to try", may_change=True)
     widen: int = option(2, "doublings or halvings beyond these while the best is at the end", may_change=True)
     seeds: int = option(3, "runs of each ratio at its best rates, with seeds from --seed on", may_change=True)
     steps: int = option(400, "of a run; the rates fall to zero")

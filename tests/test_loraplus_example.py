@@ -158,10 +158,10 @@ def test_best_rate_goes_on_where_the_best_is_at_the_end() -> None:
 
 
 def test_table() -> None:
-    config = PlusConfig(data="x", steps=40, seeds=2)
+    config = PlusConfig(data="x", steps=100, seeds=2)
 
     def run(end: float, matthews: float) -> dict[str, Any]:
-        losses = [1.0 + (end - 1.0) * i / 39 for i in range(40)]
+        losses = np.linspace(1, end, 100).tolist()
         return {"losses": losses, "val": {"loss": end}, "dev": {"accuracy": 0.75, "matthews": matthews}}
 
     found = {
@@ -170,14 +170,15 @@ def test_table() -> None:
         16.0: [run(0.1, 0.3), {"diverged": "step 3"}],
     }
     lines = table(config, {1.0: 1e-3, 4.0: 1e-3, 16.0: 1e-3}, found).splitlines()
-    target = np.mean([1 - 0.5 * i / 39 for i in range(20, 40)])
-    faster = next(n for n in range(20, 41) if np.mean([1 - 0.9 * i / 39 for i in range(n - 20, n)]) <= target)
-    assert lines[2].split() == ["1", "0.001", "0.001", f"{target:.4f}", "+-", "0.0000", "40"] + (
+    slow, fast = np.linspace(1, 0.5, 100), np.linspace(1, 0.1, 100)
+    target = slow[50:].mean()
+    faster = next(n for n in range(50, 101) if fast[n - 50 : n].mean() <= target)
+    assert lines[2].split() == ["1", "0.001", "0.001", f"{target:.4f}", "+-", "0.0000", "100"] + (
         "0.5000 +- 0.0000 0.7500 +- 0.0000 0.1500 +- 0.0707".split()
     )
-    assert lines[3].split()[1:3] == ["0.0005", "0.002"] and lines[3].split()[6] == str(faster) != "40"
+    assert lines[3].split()[1:3] == ["0.0005", "0.002"] and lines[3].split()[6] == str(faster) != "100"
     assert lines[4].endswith("1 of 2 runs diverged")
-    assert steps_to([1.0] * 30, 0.5) is None and steps_to([0.1] * 30, 0.5) == 20, "a mean of 20 from the first on"
+    assert steps_to([1.0] * 90, 0.5) is None and steps_to([0.1] * 90, 0.5) == 50, "a mean of 50 from the first on"
 
 
 # --- the whole ---
