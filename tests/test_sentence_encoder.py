@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentence_encoder
 import torch
-from sentence_data import PACKAGE, Encoder, Tokens, load
+from sentence_data import PACKAGE, Encoder, Tokens, load, load_task
 from sentence_encoder import Classifier, MeanPool, mean_attention_pool, pooling_times, score, weighted_tokens
 
 from kit import log
@@ -184,6 +184,17 @@ def test_files_of_both_forms(tmp_path: Path) -> None:
         file.write_text(text, encoding="utf-8")
         with pytest.raises(Refused, match=message):
             load(file)
+
+
+def test_a_share_is_held_out_where_there_is_no_val(task: Path, tmp_path: Path) -> None:
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_bytes((task / f"{name}.tsv").read_bytes())
+    whole, split = load_task(task, 0.25, 1), load_task(tmp_path, 0.25, 1)
+    assert len(whole["val"][0]) == 64 and len(whole["train"][0]) == 192
+    assert [len(split[name][0]) for name in ("train", "val", "dev")] == [144, 48, 64]
+    pairs = [pair for name in ("train", "val") for pair in zip(split[name][0], split[name][1].tolist(), strict=True)]
+    assert sorted(pairs) == sorted(zip(whole["train"][0], whole["train"][1].tolist(), strict=True))
+    assert load_task(tmp_path, 0.25, 1)["val"][0] == split["val"][0] != load_task(tmp_path, 0.25, 2)["val"][0]
 
 
 def test_mistakes_are_told(task: Path, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
