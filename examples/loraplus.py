@@ -207,9 +207,10 @@ def encoder(config: PlusConfig, results: Results, stop: Stop) -> dict[float, lis
 
 
 def steps_to(losses: Sequence[float], target: float) -> int | None:
-    """How many steps until the smoothed loss is at most the target; None: never."""
-    smoothed = smooth(losses, WINDOW)
-    return next((i + 1 for i, value in enumerate(smoothed) if i + 1 >= WINDOW and value <= target), None)
+    """How many steps until the smoothed loss is at most the target and stays so; None: never."""
+    above = [i for i, value in enumerate(smooth(losses, WINDOW)) if value > target]
+    reached = max(above[-1] + 2 if above else 1, min(WINDOW, len(losses)))  # before that it is no mean of a window
+    return reached if reached <= len(losses) else None
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
@@ -219,7 +220,7 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 def table(config: PlusConfig, best: dict[float, float], found: dict[float, list[dict[str, Any]]]) -> str:
     """Mean and standard deviation over the seeds; a ratio one of whose runs diverged says so.
 
-    steps: of the mean curve, until it is at the loss where that of ratio 1 ends.
+    steps: of the mean curve, until it stays below the loss where that of ratio 1 ends.
     """
     curves = {
         ratio: [statistics.mean(at) for at in zip(*(run["losses"] for run in runs), strict=True)]
@@ -230,7 +231,7 @@ def table(config: PlusConfig, best: dict[float, float], found: dict[float, list[
     target = smooth(curves[1.0], WINDOW)[-1] if 1.0 in curves else -math.inf
     lines = [
         f"{config.data}, dev.tsv: {config.seeds} seeds; loss: training, the last {window} of {config.steps} steps; "
-        "steps: to the loss at which ratio 1 ends",
+        "steps: until it stays below that of ratio 1",
         f"{'ratio':>6} {'lr of a':>9} {'lr of b':>9} {'loss':>17} {'steps':>6} {'held-out loss':>17} "
         f"{'accuracy':>17} {'Matthews':>17}",
     ]

@@ -3,7 +3,8 @@
     f(x) = W_out relu(B A relu(W_in x))        y = sin(mean of x)
 
 d = 5 inputs, n = 100 units, rank 4, 1,000 samples to train on and 100 to test; W_in and B are drawn from N(0, 1), W_out
-and A from N(0, 1 / n); A and B alone are trained, by gradient descent on all samples. B is the output-side factor.
+and A from N(0, 1 / n); A and B alone are trained, by gradient descent on all samples. B is the output-side factor. The
+paper does not tell the number of steps.
 """
 
 from __future__ import annotations

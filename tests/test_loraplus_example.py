@@ -179,6 +179,9 @@ def test_table() -> None:
     assert lines[3].split()[1:3] == ["0.0005", "0.002"] and lines[3].split()[6] == str(faster) != "100"
     assert lines[4].endswith("1 of 2 runs diverged")
     assert steps_to([1.0] * 90, 0.5) is None and steps_to([0.1] * 90, 0.5) == 50, "a mean of 50 from the first on"
+    dips = [0.1] * 60 + [1.0] * 60 + [0.1] * 60
+    assert steps_to(dips, 0.5) == 120 + 28, "the mean of 50 holds at most 22 of the high ones"
+    assert steps_to(dips[:120], 0.5) is None
 
 
 # --- the whole ---
