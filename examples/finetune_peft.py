@@ -32,7 +32,7 @@ from kit.stop import Stop
 from pykernels import fuse, set_backend
 
 EXAMPLES = """examples:
-  python examples/finetune_peft.py --quick --data glue/CoLA  # a few steps
+  python examples/finetune_peft.py --quick --data glue/CoLA --out runs/quick  # a few steps
   python examples/finetune_peft.py --data glue/CoLA --seeds 3  # minutes
   python examples/finetune_peft.py --data glue/CoLA --lora-dropout 0.1 --out runs/dropout
   python examples/finetune_peft.py --data glue/RTE --targets query value --max-length 128 --out runs/rte

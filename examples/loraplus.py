@@ -37,7 +37,7 @@ from kit.training import Diverged
 from pykernels import apply_lora, loraplus_param_groups
 
 EXAMPLES = """examples:
-  python examples/loraplus.py --quick  # the toy problem on a coarse grid, seconds
+  python examples/loraplus.py --quick --out runs/toy  # the toy problem on a coarse grid, seconds
   python examples/loraplus.py --quick --data glue/CoLA --out runs/quick  # and a few steps of the encoder
   python examples/loraplus.py --data glue/CoLA --dtype bf16 --threads 1  # some 30 CPU minutes
   python examples/loraplus.py --data glue/CoLA --dtype bf16 --threads 1 --seeds 5 --resume auto  # more seeds

@@ -4,7 +4,7 @@
 
 d = 5 inputs, n = 100 units, rank 4, 1,000 samples to train on and 100 to test; W_in and B are drawn from N(0, 1), W_out
 and A from N(0, 1 / n); A and B alone are trained, by gradient descent on all samples. B is the output-side factor. The
-paper does not tell the number of steps.
+number of steps is a choice here.
 """
 
 from __future__ import annotations

@@ -253,3 +253,5 @@ def test_mistakes_are_told(task: Path, bert: Path, tmp_path: Path, capsys: pytes
     assert "there is no such folder" in refused(*arguments(task, tmp_path / "nowhere", out))
     assert "transformers cannot load it" in refused(*arguments(task, task, out))
     assert "train.tsv: cannot be read" in refused(*arguments(tmp_path, bert, tmp_path / "other"))
+    assert finetune_peft.main(arguments(task, bert, tmp_path / "lr", "--quick", "--lr", "1e30")) == 3
+    assert "the loss is nan; a lower rate may help" in capsys.readouterr().err
