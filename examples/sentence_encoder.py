@@ -17,17 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import plot
 import torch
 import torch.nn.functional as F
-from sentence_data import ENCODED_AT_ONCE, Encoder, Text, Tokens, load
+from sentence_data import ENCODED_AT_ONCE, Encoder, Text, Tokens, accuracy_and_matthews, load_task
 from torch import Tensor, nn
 
 from kit.config import option
 from kit.example import run_example, write_json
 from kit.progress import Progress
-from kit.run import Refused, Run
+from kit.run import Run
 from kit.timing import interleaved
 from kit.training import COLUMNS, Schedule, Trainer
 from pykernels import AttentionPool
@@ -84,26 +83,11 @@ class PoolConfig(Schedule):
 
 def read(config: PoolConfig, encoder: Encoder) -> tuple[Tokens, Tokens, Tokens, list[Text]]:
     """Tokens to train on, to choose the epoch by and to report on, and the texts of the last."""
-    folder = Path(config.data)
-    names = [name for name in ("train", "val", "dev") if name != "val" or (folder / "val.tsv").exists()]
-    files = {name: load(folder / f"{name}.tsv") for name in names}
-    known = sorted(set(files["train"][1]))
-    if len(known) != 2:
-        raise Refused(f"{folder / 'train.tsv'}: expected two labels, got {len(known)}: {', '.join(known[:5])}")
-    for name, (_, labels) in files.items():
-        if unknown := set(labels) - set(known):
-            raise Refused(f"{folder / name}.tsv: expected the labels {' and '.join(known)}, got {min(unknown)!r}")
-    total = sum(-(-len(texts) // ENCODED_AT_ONCE) for texts, _ in files.values())
-    tokens = {}
+    task = load_task(Path(config.data), config.holdout, config.seed)
+    total = sum(-(-len(texts) // ENCODED_AT_ONCE) for texts, _ in task.values())
     with Progress(total, every=config.log_seconds, quiet=config.quiet) as progress:
-        for name, (texts, labels) in files.items():
-            embedded = encoder.encode(texts, progress)
-            tokens[name] = Tokens(embedded, torch.tensor([known.index(label) for label in labels]))
-    if "val" not in tokens:
-        order = np.random.default_rng(config.seed).permutation(len(tokens["train"].labels)).tolist()
-        held = min(max(1, round(config.holdout * len(order))), len(order) - 1)
-        tokens |= {"val": tokens["train"].subset(order[:held]), "train": tokens["train"].subset(order[held:])}
-    return tokens["train"], tokens["val"], tokens["dev"], files["dev"][0]
+        tokens = {name: Tokens(encoder.encode(texts, progress), labels) for name, (texts, labels) in task.items()}
+    return tokens["train"], tokens["val"], tokens["dev"], task["dev"][0]
 
 
 # --- model and training ---
@@ -137,12 +121,9 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def score(model: Classifier, tokens: Tokens) -> dict[str, float]:
-    """Accuracy, and Matthews' correlation, which is Pearson's of two binary variables; 0 where one is constant."""
     parts = range(len(tokens.labels))
     logits = [model(*tokens.packed(parts[i : i + 256])) for i in range(0, len(parts), 256)]
-    predicted = torch.cat(logits).argmax(1)
-    matthews = torch.corrcoef(torch.stack([predicted, tokens.labels]).double())[0, 1].nan_to_num(0).item()
-    return {"accuracy": (predicted == tokens.labels).double().mean().item(), "matthews": matthews}
+    return accuracy_and_matthews(torch.cat(logits).argmax(1), tokens.labels)
 
 
 def shown(scores: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentence_encoder
 import torch
-from sentence_data import PACKAGE, Encoder, Tokens, load
+from sentence_data import PACKAGE, Encoder, Tokens, load, load_task
 from sentence_encoder import Classifier, MeanPool, mean_attention_pool, pooling_times, score, weighted_tokens
 
 from kit import log
@@ -17,41 +17,19 @@ from kit.progress import Progress
 from kit.run import Refused
 from kit.timing import interleaved
 from tests.runs import assert_same_run
+from tests.small_bert import make_bert, make_task
 
 transformers = pytest.importorskip("transformers")
-
-WORDS = "the cat dog sat ran on under a mat not".split()
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT of two layers, 16 wide, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("bert")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "."]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(3)
-    config = transformers.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=24, **sizes)
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
+    return make_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CoLA's form. The label is whether "not" is there: 1 of up to 14 words, the rest of which are random."""
-    folder = tmp_path_factory.mktemp("task")
-    generator = torch.Generator().manual_seed(5)
-    for name, count in (("train", 192), ("val", 64), ("dev", 64)):
-        lines = []
-        for i in range(count):
-            length = int(torch.randint(2, 14, (), generator=generator))
-            words = [WORDS[j] for j in torch.randint(len(WORDS) - 1, (length,), generator=generator)]
-            if i % 2:
-                words[int(torch.randint(length, (), generator=generator))] = "not"
-            lines.append(f"src\t{i % 2}\t\t{' '.join(words)}")
-        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
+    return make_task(tmp_path_factory.mktemp("task"))
 
 
 def encoded(encoder: Encoder, texts: list[tuple[str, ...]]) -> list[torch.Tensor]:
@@ -206,6 +184,17 @@ def test_files_of_both_forms(tmp_path: Path) -> None:
         file.write_text(text, encoding="utf-8")
         with pytest.raises(Refused, match=message):
             load(file)
+
+
+def test_a_share_is_held_out_where_there_is_no_val(task: Path, tmp_path: Path) -> None:
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_bytes((task / f"{name}.tsv").read_bytes())
+    whole, split = load_task(task, 0.25, 1), load_task(tmp_path, 0.25, 1)
+    assert len(whole["val"][0]) == 64 and len(whole["train"][0]) == 192
+    assert [len(split[name][0]) for name in ("train", "val", "dev")] == [144, 48, 64]
+    pairs = [pair for name in ("train", "val") for pair in zip(split[name][0], split[name][1].tolist(), strict=True)]
+    assert sorted(pairs) == sorted(zip(whole["train"][0], whole["train"][1].tolist(), strict=True))
+    assert load_task(tmp_path, 0.25, 1)["val"][0] == split["val"][0] != load_task(tmp_path, 0.25, 2)["val"][0]
 
 
 def test_mistakes_are_told(task: Path, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the training examples do before and after training: options, exit statuses, the scores of what was kept."""
+"""What the examples do before and after training: options, exit statuses, the scores of what was kept."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from pykernels.models.files import write_atomically
 
 from .config import parse
+from .options import Options
 from .run import Refused
-from .training import Diverged, Schedule, Trainer
+from .training import Diverged, Trainer
 
-C = TypeVar("C", bound=Schedule)
+C = TypeVar("C", bound=Options)
 
 
 def run_example(

@@ -24,10 +24,13 @@ class Run:
 
     resume "no": the folder may hold no checkpoint. "auto": go on from the last one, or begin where there is none; then
     every option must have the value it had, except those that may change. resumed: whether there is a checkpoint.
+    checkpoint: the name of the file that a run goes on from.
     """
 
-    def __init__(self, folder: Path, config: Any, resume: str, columns: list[str]) -> None:
-        self.folder, self.checkpoint = folder, folder / "last.safetensors"
+    def __init__(
+        self, folder: Path, config: Any, resume: str, columns: list[str], checkpoint: str = "last.safetensors"
+    ) -> None:
+        self.folder, self.checkpoint = folder, folder / checkpoint
         self.resumed = self.checkpoint.exists()
         if self.resumed and resume == "no":
             raise Refused(f"{folder} holds a run already: give --resume auto to go on with it, or another --out")

@@ -21,8 +21,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from . import checkpoint
 from .config import option
+from .options import Options
 from .progress import Progress
-from .run import RESUME, Run
+from .run import Run
 from .stop import Stop
 
 COLUMNS = ["step", "epoch", "stage", "lr", "loss", "seconds", "epoch_seconds", "score"]
@@ -33,15 +34,10 @@ class Diverged(Exception):
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Options that all training examples have; each gives its own defaults to some."""
+class Schedule(Options):
+    """Options of training in two stages; each example gives its own defaults to some."""
 
-    out: str = option("runs/model", "folder of the run", may_change=True)
-    resume: str = option("no", "auto: go on from the last checkpoint in --out", choices=RESUME, may_change=True)
-    seed: int = option(1, "of everything random")
-    backend: str = option("auto", "of the kernels", choices=("auto", "reference", "cpu"), may_change=True)
     dtype: str = option("fp32", "bf16: autocast, with weights in float32", choices=("fp32", "bf16"))
-    threads: int = option(0, "0: PyTorch's choice", may_change=True)
     batch_size: int = option(64, "of a step")
     epochs: int = option(30, "in all", may_change=True)
     max_steps: int = option(0, "stop after so many steps; 0: no limit", may_change=True)
@@ -55,14 +51,11 @@ class Schedule:
     ema_decay: float = option(0.9999, "of the averaged weights, which are evaluated and kept; 0: no averaging")
     eval_every: int = option(1, "epochs between evaluations")
     save_every: int = option(100, "steps between checkpoints; one is written after every epoch too", may_change=True)
-    log_seconds: float = option(10.0, "between lines where stderr is no terminal", may_change=True)
-    quiet: bool = option(False, "no progress", may_change=True)
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "epochs": 1, "eval_every": 1, "save_every": 1, "switch_epoch": 1}
-        for name, low in (least | {"max_steps": 0, "threads": 0, "warmup_epochs": 0, "lr": 0, "second_lr": 0}).items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected {low} or more, got {getattr(self, name)}")
+        super().__post_init__()
+        self.at_least(batch_size=1, epochs=1, eval_every=1, save_every=1, switch_epoch=1)
+        self.at_least(max_steps=0, warmup_epochs=0, lr=0, second_lr=0)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected 0 <= ema_decay < 1, got {self.ema_decay}")
 

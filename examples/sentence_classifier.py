@@ -1,0 +1,229 @@
+"""A BERT with a classification head, tokenized sentences in batches, and training with any optimizer.
+
+    train, val = (pretrained.tokenize(*task[name]) for name in ("train", "val"))
+    model = adapt(pretrained.classifier(seed=1))
+    fit = Fit(model, lambda model: torch.optim.AdamW(model.parameters(), 1e-3), train, Plan(steps=100))
+    result = finish(fit, {"val": val}, progress, stop, "a run")
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sentence_data import Text, accuracy_and_matthews, encoder_folder
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from kit.progress import Progress
+from kit.run import Refused
+from kit.stop import Stop
+from kit.training import Diverged
+
+HEAD = "classifier"
+"""The name of the head in transformers' classifiers of BERT's kind; it is trained, whatever else is."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BATCHES_SORTED_AT_ONCE = 16
+SCORED_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Token ids [L] and segments [L] of each sentence or pair, and the labels [N]."""
+
+    ids: list[Tensor]
+    segments: list[Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """Arguments of the model for these sentences, padded to the longest: [B, L] each."""
+        ids, segments = ([column[i] for i in chosen] for column in (self.ids, self.segments))
+        lengths = torch.tensor([len(one) for one in ids])
+        padded = pad_sequence(ids, batch_first=True)  # with zeros, which the mask hides
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": padded, "attention_mask": mask, "token_type_ids": pad_sequence(segments, batch_first=True)}
+
+    def first(self, count: int) -> Sentences:
+        """The first `count` sentences; 0: all."""
+        return Sentences(self.ids[:count], self.segments[:count], self.labels[:count]) if count else self
+
+    def batches(self, size: int, seed: int, epoch: int) -> list[list[int]]:
+        """Each sentence once, in an order that seed and epoch alone decide.
+
+        Batches are cut from groups that are sorted by length, so that little of them is padding.
+        """
+        random = np.random.default_rng((seed, epoch))
+        order, group = random.permutation(len(self)).tolist(), size * BATCHES_SORTED_AT_ONCE
+        out: list[list[int]] = []
+        for first in range(0, len(order), group):
+            alike = sorted(order[first : first + group], key=lambda i: len(self.ids[i]))
+            out += [alike[i : i + size] for i in range(0, len(alike), size)]
+        return [out[i] for i in random.permutation(len(out))]
+
+
+class Pretrained:
+    """The tokenizer and the weights in a folder for transformers; see `encoder_folder` for its name."""
+
+    def __init__(self, name: str, max_length: int) -> None:
+        import transformers
+
+        self.folder = encoder_folder(name)
+        transformers.logging.set_verbosity_error()  # the head is new, on purpose
+        transformers.logging.disable_progress_bar()
+        try:
+            self.config = transformers.AutoConfig.from_pretrained(self.folder)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            raise Refused(f"--encoder {self.folder}: transformers cannot load it: {error}") from None
+        self.max_length = min(max_length, self.config.max_position_embeddings)
+
+    def tokenize(self, texts: Sequence[Text], labels: Tensor) -> Sentences:
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        rows = self.tokenizer(*columns, truncation=True, max_length=self.max_length, return_token_type_ids=True)
+        ids, segments = ([torch.tensor(row) for row in rows[key]] for key in ("input_ids", "token_type_ids"))
+        return Sentences(ids, segments, labels)
+
+    def classifier(self, seed: int, *, dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The encoder with a new head for two labels, the same for a seed.
+
+        dropout: of hidden states, attention and head. dtype: of all but the head, whose small updates 16 bits lose.
+        """
+        import transformers
+
+        config, kind = self.config, transformers.AutoModelForSequenceClassification
+        changed = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+        config.update({**dict.fromkeys(changed, dropout), "num_labels": 2})
+        torch.manual_seed(seed)
+        try:
+            # For short sentences this is faster than PyTorch's fused attention, in bfloat16 above all.
+            how = {"dtype": torch.float32, "attn_implementation": "eager"}
+            model = kind.from_pretrained(self.folder, config=config, **how)
+        except (OSError, ValueError) as error:
+            raise Refused(f"--encoder {self.folder}: transformers cannot load it: {error}") from None
+        if not isinstance(getattr(model, HEAD, None), nn.Linear):
+            raise Refused(f"--encoder {self.folder}: expected a model whose {HEAD} is a linear layer, as BERT's is")
+        head = model.to(dtype).get_submodule(HEAD).float()
+        head.register_forward_pre_hook(_float32)
+        return model
+
+
+def _float32(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.float() for t in inputs)
+
+
+# --- training ---
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is trained, but for the optimizer.
+
+    The rates rise over the first `warmup` of the steps and fall to zero at the end. clip: the norm of all gradients at
+    most; 0: unclipped.
+    """
+
+    steps: int
+    batch_size: int = 32
+    seed: int = 1
+    warmup: float = 0.0
+    clip: float = 0.0
+
+    def rate(self, step: int) -> float:
+        """What the rates of a step, from 0 on, are multiplied by."""
+        rising = self.warmup * self.steps
+        return min(1.0, (step + 1) / rising) if step < rising else (self.steps - step) / (self.steps - rising)
+
+
+class Fit:
+    """Training step by step, so that several models can take turns.
+
+    What is random in a step is seeded by seed, stream and step alone: models that take turns draw what each would draw
+    alone, and draw the same where they are alike. Another stream is other draws on the same batches.
+
+    Attributes: losses, of the steps that were made, and seconds, of each from the batch to the updated weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[nn.Module], Optimizer],
+        train: Sentences,
+        plan: Plan,
+        *,
+        stream: int = 0,
+    ) -> None:
+        self.model, self.train, self.plan, self.stream = model, train, plan, stream
+        self.optimizer = optimizer(model)
+        self.schedule = LambdaLR(self.optimizer, plan.rate)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self._waiting: list[list[int]] = []
+        self._epoch = 0
+
+    @property
+    def finished(self) -> bool:
+        return len(self.losses) >= self.plan.steps
+
+    def step(self) -> float:
+        """One step; its loss. Diverged where that is not finite; the weights are then as before."""
+        plan, made = self.plan, len(self.losses)
+        if not self._waiting:
+            self._waiting = self.train.batches(plan.batch_size, plan.seed, self._epoch)[::-1]
+            self._epoch += 1
+        chosen = self._waiting.pop()
+        torch.manual_seed((plan.seed * 1009 + self.stream) * 1_000_003 + made)
+        self.model.train()
+        begun = time.perf_counter()
+        logits = self.model(**self.train.batch(chosen)).logits
+        loss = F.cross_entropy(logits, self.train.labels[chosen])
+        value = loss.item()
+        if not math.isfinite(value):
+            raise Diverged(f"step {made + 1}: the loss is {value}; a lower rate may help")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if plan.clip:
+            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], plan.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.seconds.append(time.perf_counter() - begun)
+        self.losses.append(value)
+        return value
+
+
+@torch.no_grad()
+def score(model: nn.Module, sentences: Sentences) -> dict[str, float]:
+    """Loss, accuracy and Matthews' correlation."""
+    model.eval()
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences.ids[i]))
+    parts = [order[i : i + SCORED_AT_ONCE] for i in range(0, len(order), SCORED_AT_ONCE)]
+    logits, labels = torch.cat([model(**sentences.batch(p)).logits for p in parts]), sentences.labels[order]
+    return {"loss": F.cross_entropy(logits, labels).item(), **accuracy_and_matthews(logits.argmax(1), labels)}
+
+
+def finish(
+    fit: Fit, held: Mapping[str, Sentences], progress: Progress, stop: Stop, about: str
+) -> dict[str, Any] | None:
+    """Trains to the end: what JSON can hold of the curve and the scores on each of `held`; None where it was stopped.
+
+    {"losses": a step each, "step_seconds": their median, name: `score` ...}; Diverged as in `Fit.step`.
+    """
+    while not fit.finished:
+        if stop.requested:
+            return None
+        loss = fit.step()
+        progress.step(f"{about}: step {len(fit.losses)}/{fit.plan.steps}, loss {loss:.4g}")
+    scores = {name: score(fit.model, sentences) for name, sentences in held.items()}
+    return {"losses": [round(v, 6) for v in fit.losses], "step_seconds": statistics.median(fit.seconds), **scores}
