@@ -19,7 +19,6 @@ __all__ = [
     "PtxError",
     "Runtime",
     "build",
-    "build_all",
     "build_cuda",
     "build_glue",
     "build_ptx",
@@ -152,9 +151,10 @@ class Library:
             raise KernelError(code, self.runtime.message())
 
 
-@functools.cache
-def build(source: str | Path, arch: str = "80", flags: tuple[str, ...] = (), sanitizer: str | None = None, count: bool = False) -> Library:
-    """Compiles a .cu file with nvcc, translates its PTX, and loads the result; what is in the cache is not built again.
+def build(
+    *sources: str | Path, arch: str = "80", flags: tuple[str, ...] = (), sanitizer: str | None = None, count: bool = False
+) -> Library:
+    """Compiles .cu files with nvcc, translates their PTX, and loads the library; what is in the cache is not built again.
 
     arch: compute capability, "80" or "90" (with wgmma). flags: further ones of nvcc, such as -D and -I. sanitizer: "thread" or "address",
     for processes that were started with that sanitizer's library. count: with counters. RuntimeError where `unavailable` names a reason,
@@ -162,13 +162,9 @@ def build(source: str | Path, arch: str = "80", flags: tuple[str, ...] = (), san
     """
     if reason := unavailable():
         raise RuntimeError(f"ptx_on_cpu: {reason}")
-    path = build_cuda(Path(source), arch, tuple(flags), sanitizer, count)
-    return Library(path, runtime(sanitizer, count))
+    return _build(tuple(Path(s) for s in sources), arch, tuple(flags), sanitizer, count)
 
 
-def build_all(requests: list[dict]) -> None:
-    """Builds several libraries at once, without loading them; each request is the arguments of `build_cuda`."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda r: build_cuda(**r), requests))
+@functools.cache
+def _build(sources: tuple[Path, ...], arch: str, flags: tuple[str, ...], sanitizer: str | None, count: bool) -> Library:
+    return Library(build_cuda(sources, arch, flags, sanitizer, count), runtime(sanitizer, count))

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,15 +60,20 @@ def cache_folder() -> Path:
     return Path(folder) if folder else Path(tempfile.gettempdir()) / f"pykernels-ptx-{os.getuid()}"
 
 
+_slots = threading.BoundedSemaphore(os.cpu_count() or 1)
+
+
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    """Output of a command, of which at most one per CPU runs at a time."""
+    with _slots:
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
 def _parallel(commands: list[list[str]]) -> None:
-    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor() as pool:
         list(pool.map(run, commands))
 
 
@@ -129,24 +135,21 @@ def runtime_library(sanitizer: str | None = None, count: bool = False) -> Path:
     return _cached(f"libptx_runtime-{key(str(sanitizer), str(count))}.so", make)
 
 
-def _link(objects: list[Path], path: Path, sanitizer: str | None, runtime: Path, extra: list[str]) -> None:
+def _link(objects: list[Path], path: Path, sanitizer: str | None, runtime: Path) -> None:
     # Only C names leave the library: a template instantiated in two of them must not be shared, and a real libcudart not be shadowed.
     script = path.with_suffix(".map")
     script.write_text("{ local: _Z*; cuda*; __cuda*; };\n")
-    names = [str(o) for o in objects]
-    command = [*(cxx() or []), "-shared", *SANITIZERS[sanitizer], *names, str(runtime), f"-Wl,-rpath,{runtime.parent}"]
-    run([*command, f"-Wl,--version-script={script}", *extra, "-o", str(path)])
+    command = [*(cxx() or []), "-shared", *SANITIZERS[sanitizer], *map(str, objects), str(runtime), f"-Wl,-rpath,{runtime.parent}"]
+    run([*command, f"-Wl,--version-script={script}", f"-Wl,-soname,{path.name}", "-o", str(path)])
 
 
-def _compile_ptx(ptx: str, folder: Path, sanitizer: str | None, count: bool) -> list[Path]:
-    sources = translate(parse(ptx), files=os.cpu_count() or 1)
+def _compile_ptx(ptx: str, name: str, folder: Path, flags: list[str]) -> list[Path]:
     commands, objects = [], []
-    for i, text in enumerate(sources):
+    for i, text in enumerate(translate(parse(ptx), name)):
         source = folder / f"kernels{i}.cpp"
         source.write_text(text)
         objects.append(source.with_suffix(".o"))
-        flags = [*_flags(sanitizer, count), "-O1", f"-I{RUNTIME}"]
-        commands.append([*(cxx() or []), *flags, "-c", str(source), "-o", str(objects[-1])])
+        commands.append([*(cxx() or []), *flags, "-O1", f"-I{RUNTIME}", "-c", str(source), "-o", str(objects[-1])])
     _parallel(commands)
     return objects
 
@@ -156,7 +159,7 @@ def build_ptx(ptx: str, name: str, sanitizer: str | None = None, count: bool = F
 
     def make(folder: Path, path: Path) -> None:
         runtime = runtime_library(sanitizer, count)
-        _link(_compile_ptx(ptx, folder, sanitizer, count), path, sanitizer, runtime, [])
+        _link(_compile_ptx(ptx, "ptx_module", folder, [*_flags(sanitizer, count), "-DPTX_EXPORT"]), path, sanitizer, runtime)
 
     return _cached(f"{name[:60]}-{key(ptx, str(sanitizer), str(count))}.so", make)
 
@@ -180,52 +183,56 @@ def _included(source: Path, folders: list[Path]) -> str:
     return "\0".join(text for _, text in sorted(seen.items()))
 
 
-def _architecture(arch: str) -> str:
-    """`arch` with the letter that its tensor core instructions need."""
-    return "90a" if arch == "90" else arch
-
-
-def compile_cuda(source: Path, arch: str, flags: list[str], folder: Path) -> tuple[str, Path]:
-    """PTX and host object of a .cu file."""
-    arch, host = _architecture(arch), folder / "host.o"
-    keep = folder / "keep"
-    keep.mkdir()
-    command = [nvcc() or "nvcc", "-std=c++17", "-O3", "-lineinfo", *flags]
-    command += ["-gencode", f"arch=compute_{arch},code=compute_{arch}", "-cudart", "none", "-Xcompiler", "-fPIC"]
-    run([*command, "-c", str(source), "-o", str(host), "--keep", "--keep-dir", str(keep)])
-    return (keep / f"{source.stem}.ptx").read_text(), host
-
-
+@functools.cache
 def _cuda_include() -> str:
-    return str(Path(os.path.realpath(shutil.which(nvcc() or "nvcc") or "nvcc")).parent.parent / "include")
-
-
-def _find_cuda_include() -> str:
     """The folder of cuda_runtime_api.h; nvcc itself knows best where it is."""
     done = subprocess.run([nvcc() or "nvcc", "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
-    for folder in re.findall(r'"?-I\s*"?([^"\s]+)"?', done.stderr):
+    for folder in re.findall(r'-I\s*"?([^"\s]+)"?', done.stderr):
         if (Path(folder) / "cuda_runtime_api.h").exists():
             return folder
-    return _cuda_include()
+    raise RuntimeError("ptx_on_cpu: nvcc does not say where cuda_runtime_api.h is")
+
+
+def _cuda_object(source: Path, arch: str, flags: tuple[str, ...], sanitizer: str | None, count: bool) -> Path:
+    """One object file of a .cu file's host code and its translated kernels."""
+    # wgmma and its kin exist for the architecture with its letter only.
+    target = "90a" if arch == "90" else arch
+    folders = [Path(f[2:]) for f in flags if f.startswith("-I")]
+    name = key(_included(source, folders), nvcc() or "", target, *flags, str(sanitizer), str(count))
+
+    def make(folder: Path, path: Path) -> None:
+        host, keep = folder / "host.o", folder / "keep"
+        keep.mkdir()
+        command = [nvcc() or "nvcc", "-std=c++17", "-O3", "-lineinfo", *flags, "-cudart", "none", "-Xcompiler", "-fPIC"]
+        command += ["-gencode", f"arch=compute_{target},code=compute_{target}", "-c", str(source), "-o", str(host)]
+        run([*command, "--keep", "--keep-dir", str(keep)])
+        ptx = (keep / f"{source.stem}.ptx").read_text()
+        objects = _compile_ptx(ptx, f"ptx_{name}", folder, _flags(sanitizer, count))
+        run([*(cxx() or []), "-r", "-nostdlib", *map(str, objects), str(host), "-o", str(path)])
+
+    return _cached(f"{source.stem}-{name}.o", make)
+
+
+def _stand_in() -> Path:
+    def make(folder: Path, path: Path) -> None:
+        command = [*(cxx() or []), *COMMON, "-O1", "-fvisibility=hidden", f"-I{_cuda_include()}"]
+        run([*command, "-c", str(RUNTIME / "cudart.cpp"), "-o", str(path)])
+
+    return _cached(f"cudart-{key(_cuda_include())}.o", make)
 
 
 def build_cuda(
-    source: Path, arch: str = "80", flags: tuple[str, ...] = (), sanitizer: str | None = None, count: bool = False
+    sources: tuple[Path, ...], arch: str = "80", flags: tuple[str, ...] = (), sanitizer: str | None = None, count: bool = False
 ) -> Path:
-    """A library of a .cu file: its extern "C" functions run their kernels on the CPU."""
-    folders = [Path(f[2:]) for f in flags if f.startswith("-I")]
+    """One library of .cu files: their extern "C" functions run kernels on the CPU. Files are compiled side by side."""
+    with ThreadPoolExecutor() as pool:
+        stand_in, runtime = pool.submit(_stand_in), pool.submit(runtime_library, sanitizer, count)
+        objects = list(pool.map(lambda s: _cuda_object(s, arch, flags, sanitizer, count), sources))
 
     def make(folder: Path, path: Path) -> None:
-        runtime = runtime_library(sanitizer, count)
-        ptx, host = compile_cuda(source, arch, list(flags), folder)
-        stand_in = folder / "cudart.o"
-        command = [*(cxx() or []), *COMMON, "-O1", "-fvisibility=hidden", f"-I{_find_cuda_include()}"]
-        run([*command, "-c", str(RUNTIME / "cudart.cpp"), "-o", str(stand_in)])
-        objects = [*_compile_ptx(ptx, folder, sanitizer, count), host, stand_in]
-        _link(objects, path, sanitizer, runtime, [f"-Wl,-soname,{path.name}"])
+        _link([*objects, stand_in.result()], path, sanitizer, runtime.result())
 
-    parts = (_included(source, folders), nvcc() or "", arch, *flags, str(sanitizer), str(count))
-    return _cached(f"{source.stem}-{key(*parts)}.so", make)
+    return _cached(f"{sources[0].stem}-{key(*(o.name for o in objects))}.so", make)
 
 
 def build_glue(
@@ -237,7 +244,7 @@ def build_glue(
         commands, objects = [], []
         for i, source in enumerate(sources):
             objects.append(folder / f"{i}_{source.stem}.o")
-            command = [*(cxx() or []), *COMMON, "-O1", f"-I{_find_cuda_include()}", *flags, *SANITIZERS[sanitizer]]
+            command = [*(cxx() or []), *COMMON, "-O1", f"-I{_cuda_include()}", *flags, *SANITIZERS[sanitizer]]
             commands.append([*command, "-c", str(source), "-o", str(objects[-1])])
         _parallel(commands)
         names = [*map(str, objects), *map(str, libraries), f"-Wl,-rpath,{cache_folder()}"]

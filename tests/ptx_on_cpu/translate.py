@@ -372,12 +372,12 @@ class ModuleTranslator:
                 raise PtxError(f"variable {v.name}: its value {text} is an address, which is not supported")
         return f"alignas({max(v.align, 16)}) {_UNSIGNED[size]} {name}[{max(1, (v.bytes or 0) // size)}] = {{{', '.join(values)}}};"
 
-    def run(self, files: int) -> list[str]:
-        """The C++ sources of the module, at most `files`; the first holds the tables."""
+    def run(self, name: str, lines: int) -> list[str]:
+        """The C++ sources of the module, in namespace `name`, of about `lines` lines; the first holds the tables."""
         bodies = [(f, FunctionTranslator(self, f).run()) for f in self.defined.values()]
         common = _align(self.shared_end, 16)
         constants = [f"constexpr u32 SHARED_COMMON = {common};"]
-        kernels, layouts, entries = [], [], []
+        kernels, layouts = [], []
         dynamic_align = max([16, *self.dynamic.values()])
         for f, _ in bodies:
             if not f.entry:
@@ -386,24 +386,23 @@ class ModuleTranslator:
             end = common + own if own else self.shared_end
             if self.dynamic:
                 end = _align(end, dynamic_align)
-            name = identifier(f.name)
-            constants.append(f"constexpr u32 SHARED_{name} = {end};")
+            own_name = identifier(f.name)
+            constants.append(f"constexpr u32 SHARED_{own_name} = {end};")
             numbers = ", ".join(f"{p.offset}, {p.bytes}" for p in f.parameters)
-            layouts.append(f"static const unsigned layout_{name}[] = {{{numbers or 0}}};")
+            layouts.append(f"static const unsigned layout_{own_name}[] = {{{numbers or 0}}};")
             required = ", ".join(map(str, f.required_threads))
             kernels.append(
-                f'{{"{f.name}", e_{name}, {end}, {dynamic_align}, {f.max_threads}, {{{required}}}, '
-                f"{f.parameter_bytes}, {len(f.parameters)}, layout_{name}}}"
+                f'{{"{f.name}", e_{own_name}, {end}, {dynamic_align}, {f.max_threads}, {{{required}}}, '
+                f"{f.parameter_bytes}, {len(f.parameters)}, layout_{own_name}}}"
             )
-            entries.append(f.name)
         declarations = ["namespace {", *constants, "}"]
         for f, body in bodies:
             declarations.append(body[: body.index(" {")] + ";")
         declarations += [
-            f"extern {_UNSIGNED[SIZES[v.type]]} {name}[{max(1, (v.bytes or 0) // SIZES[v.type])}];" for v, name in self.globals
+            f"extern {_UNSIGNED[SIZES[v.type]]} {g}[{max(1, (v.bytes or 0) // SIZES[v.type])}];" for v, g in self.globals
         ]
         declarations.append("extern const Site sites[];")
-        head = ['#include "translated.h"', "using namespace simt;", "namespace ptx_module __attribute__((visibility(\"hidden\"))) {"]
+        head = ['#include "translated.h"', "using namespace simt;", f'namespace {name} __attribute__((visibility("hidden"))) {{']
 
         sites = ["const Site sites[] = {"]
         for item in self.sites:
@@ -411,25 +410,24 @@ class ModuleTranslator:
             sites.append(f'  {{"{file}", {line}, {item.line}}},')
         sites.append('  {"", 0, 0}};')
         variables = ", ".join(
-            f'{{"{v.name}", {name}, sizeof {name}, {"false" if v.space == "const" else "true"}}}' for v, name in self.globals
+            f'{{"{v.name}", {g}, sizeof {g}, {"false" if v.space == "const" else "true"}}}' for v, g in self.globals
         )
         tables = [
             *sites,
-            *(self._data(v, name) for v, name in self.globals),
+            *(self._data(v, g) for v, g in self.globals),
             *layouts,
             f"const Kernel kernels[] = {{{', '.join(kernels + ['{}'])}}};",
             f"const Variable variables[] = {{{', '.join([variables] * bool(variables) + ['{}'])}}};",
             f"const Module module = {{kernels, {len(kernels)}, variables, {len(self.globals)}}};",
             "struct Registration {",
-            "  Registration() { ptx_register(&module); }",
+            "  Registration() { ptx_register(&module), PTX_ADD_MODULE(&module); }",
             "  ~Registration() { ptx_unregister(&module); }",
             "} registration;",
             "}",
-            'extern "C" __attribute__((visibility("hidden"))) const simt::Module* ptx_own_module() { return &ptx_module::module; }',
-            'extern "C" __attribute__((visibility("default"))) const simt::Module* ptx_exported_module() { return &ptx_module::module; }',
         ]
         # Long functions first, each to the file that is shortest so far.
-        parts: list[list[str]] = [[] for _ in range(max(1, min(files, len(bodies))))]
+        count = -(-sum(body.count("\n") for _, body in bodies) // lines)
+        parts: list[list[str]] = [[] for _ in range(max(1, min(count, len(bodies))))]
         for _, body in sorted(bodies, key=lambda b: -len(b[1])):
             min(parts, key=lambda p: sum(map(len, p))).append(body)
         sources = ["\n".join([*head, *declarations, *part, "}"]) for part in parts]
@@ -437,6 +435,6 @@ class ModuleTranslator:
         return [s + "\n" for s in sources]
 
 
-def translate(module: Module, files: int = 1) -> list[str]:
+def translate(module: Module, name: str = "ptx_module", lines: int = 6000) -> list[str]:
     """C++ sources of a parsed module. PtxError names the line of an instruction that is not known."""
-    return ModuleTranslator(module).run(files)
+    return ModuleTranslator(module).run(name, lines)

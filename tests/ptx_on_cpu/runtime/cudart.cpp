@@ -14,8 +14,6 @@
 #include "memory.h"
 #include "simt.h"
 
-extern "C" const simt::Module* ptx_own_module();
-
 namespace {
 
 struct Configuration {
@@ -25,15 +23,16 @@ struct Configuration {
 };
 
 struct Function {
-  const simt::Kernel* kernel;
+  std::string name;
+  const simt::Kernel* kernel;  // found at the first use: modules may register later than host code
   int dynamic_limit;  // cudaFuncAttributeMaxDynamicSharedMemorySize, -1 before it is set
 };
 
 struct Library {
   std::mutex mutex;
   std::map<const void*, Function> functions;
-  std::map<const void*, const simt::Variable*> variables;
-  std::map<void*, size_t> memory;
+  std::map<const void*, std::string> variables;
+  std::vector<const simt::Module*> modules;
 };
 
 Library& library() {
@@ -60,7 +59,13 @@ Function* find(const void* host) {
   Library& l = library();
   std::lock_guard<std::mutex> lock(l.mutex);
   auto it = l.functions.find(host);
-  return it == l.functions.end() || !it->second.kernel ? nullptr : &it->second;
+  if (it == l.functions.end()) return nullptr;
+  Function& f = it->second;
+  // Modules of one library may both have an instance of a template, which is the same then.
+  for (const simt::Module* m : l.modules)
+    for (unsigned i = 0; i < m->kernels && !f.kernel; i++)
+      if (f.name == m->kernel[i].name) f.kernel = &m->kernel[i];
+  return f.kernel ? &f : nullptr;
 }
 
 size_t opt_in() { return simt::shared_limit(simt::ptx_options()->capability); }
@@ -79,19 +84,13 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
 
+void ptx_add_module(const simt::Module* m) { library().modules.push_back(m); }
+
 void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
-  const simt::Module* m = ptx_own_module();
-  const simt::Kernel* found = nullptr;
-  for (unsigned i = 0; i < m->kernels; i++)
-    if (!std::strcmp(m->kernel[i].name, name)) found = &m->kernel[i];
-  library().functions[host] = {found, -1};
+  library().functions[host] = {name, nullptr, -1};
 }
 
-void __cudaRegisterVar(void**, char* host, char*, const char* name, int, size_t, int, int) {
-  const simt::Module* m = ptx_own_module();
-  for (unsigned i = 0; i < m->variables; i++)
-    if (!std::strcmp(m->variable[i].name, name)) library().variables[host] = &m->variable[i];
-}
+void __cudaRegisterVar(void**, char* host, char*, const char* name, int, size_t, int, int) { library().variables[host] = name; }
 
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st* stream) {
   configurations.push_back({grid, block, shared, stream});
@@ -290,9 +289,14 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { r
 
 cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
   auto it = library().variables.find(symbol);
-  if (it == library().variables.end()) return result(cudaErrorInvalidSymbol);
-  *address = it->second->address;
-  return cudaSuccess;
+  if (it != library().variables.end())
+    for (const simt::Module* m : library().modules)
+      for (unsigned i = 0; i < m->variables; i++)
+        if (it->second == m->variable[i].name) {
+          *address = m->variable[i].address;
+          return cudaSuccess;
+        }
+  return result(cudaErrorInvalidSymbol);
 }
 cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t bytes, size_t offset, cudaMemcpyKind kind) {
   void* address;

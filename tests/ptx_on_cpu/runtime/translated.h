@@ -9,6 +9,15 @@
 
 #define S(k) (sites + (k))
 
+// Where a module's table goes: to the stand-in runtime of its library, or out of a library that has no host code.
+#if defined(PTX_EXPORT)
+extern "C" __attribute__((visibility("default"), weak)) const simt::Module* ptx_exported_module = nullptr;
+#define PTX_ADD_MODULE(m) (ptx_exported_module = (m))
+#else
+extern "C" __attribute__((visibility("hidden"))) void ptx_add_module(const simt::Module*);
+#define PTX_ADD_MODULE(m) ptx_add_module(m)
+#endif
+
 namespace simt {
 
 // Device functions that nvcc expects from the system: printf and assert.
