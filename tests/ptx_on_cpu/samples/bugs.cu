@@ -28,7 +28,7 @@ __global__ void shared_outside(float* out, int n) {
 }
 __global__ void misaligned_vector(const float* x, float* out) {
   const float4 v = *reinterpret_cast<const float4*>(x + 1);
-  out[threadIdx.x] = v.x;
+  out[threadIdx.x] = v.x + v.y + v.z + v.w;
 }
 __global__ void absent_lanes(float* x) {
   float v = x[threadIdx.x];
