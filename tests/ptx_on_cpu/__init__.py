@@ -31,8 +31,8 @@ FORWARD, REVERSE = 0, 1
 # In the order of runtime/counters.h.
 COUNTERS = (
     "launches blocks global_read_bytes global_write_bytes global_read_sectors global_write_sectors unique_read_sectors "
-    "unique_write_sectors global_requests uncoalesced_requests shared_read_bytes shared_write_bytes shared_requests bank_conflicts "
-    "atomics tensor_flops fp32_flops fp64_flops half_flops"
+    "unique_write_sectors global_requests uncoalesced_requests shared_read_bytes shared_write_bytes shared_requests "
+    "bank_conflicts atomics tensor_flops fp32_flops fp64_flops half_flops"
 ).split()
 
 
@@ -85,9 +85,10 @@ class Runtime:
     def options(self, **values: int):
         """Sets options for a block of code.
 
-        schedule: FORWARD, REVERSE, or a larger number as the seed of a random one. poison: shared memory starts as 0xFF bytes (on).
-        early_exits: threads may exit before barriers and warp instructions that wait for them (off). order_blocks: off, the thread
-        sanitizer looks for races between blocks too (on). capability, processors: of the device (80, 4).
+        schedule: FORWARD, REVERSE, or a larger number as the seed of a random one. poison: shared memory starts as
+        0xFF bytes (on). early_exits: threads may exit before barriers and warp instructions that wait for them (off).
+        order_blocks: off, the thread sanitizer looks for races between blocks too (on). capability, processors: of the
+        device (80, 4).
         """
         options = self.library.ptx_options().contents
         before = {name: getattr(options, name) for name in values}
@@ -101,7 +102,10 @@ class Runtime:
 
     @contextlib.contextmanager
     def bounds(self, *writable, read_only=()):
-        """Inside, kernels may touch only these tensors' or arrays' memory, and cudaMalloc's; `read_only` must not be written."""
+        """Inside, kernels may touch only the memory of these tensors or arrays, and cudaMalloc's.
+
+        `read_only` must not be written. Views stand for their whole storage.
+        """
         extents = [(*_extent(m), w) for ms, w in ((writable, 1), (read_only, 0)) for m in ms]
         table = (_Range * max(1, len(extents)))(*(_Range(a, a + n, w) for a, n, w in extents))
         self.library.ptx_set_ranges(len(extents), table)
@@ -144,21 +148,25 @@ class Library:
     def call(self, name: str, *arguments) -> None:
         """Calls a launcher that returns cudaError_t; KernelError when that is not cudaSuccess.
 
-        Tensors and arrays pass their address, int goes as 64 bits (right for 32-bit parameters too), float as fp32; ctypes values pass as
-        they are.
+        Tensors and arrays pass their address, int goes as 64 bits (right for 32-bit parameters too), float as fp32;
+        ctypes values pass as they are.
         """
         if code := self.functions[name](*map(_argument, arguments)):
             raise KernelError(code, self.runtime.message())
 
 
 def build(
-    *sources: str | Path, arch: str = "80", flags: tuple[str, ...] = (), sanitizer: str | None = None, count: bool = False
+    *sources: str | Path,
+    arch: str = "80",
+    flags: tuple[str, ...] = (),
+    sanitizer: str | None = None,
+    count: bool = False,
 ) -> Library:
-    """Compiles .cu files with nvcc, translates their PTX, and loads the library; what is in the cache is not built again.
+    """Compiles .cu files with nvcc, translates their PTX, loads the library. What is in the cache is not built again.
 
-    arch: compute capability, "80" or "90" (with wgmma). flags: further ones of nvcc, such as -D and -I. sanitizer: "thread" or "address",
-    for processes that were started with that sanitizer's library. count: with counters. RuntimeError where `unavailable` names a reason,
-    PtxError for PTX that is not understood.
+    arch: compute capability, "80" or "90" (with wgmma). flags: further ones of nvcc, such as -D and -I. sanitizer:
+    "thread" or "address", for processes that were started with that sanitizer's library. count: with counters.
+    RuntimeError where `unavailable` names a reason, PtxError for PTX that is not understood.
     """
     if reason := unavailable():
         raise RuntimeError(f"ptx_on_cpu: {reason}")

@@ -1,4 +1,7 @@
-"""From a .cu file to a library that runs on the CPU: nvcc for PTX and host code, the translation, g++. Results are cached by content."""
+"""From .cu files to a library that runs on the CPU: nvcc for PTX and host code, the translation, g++.
+
+Results are cached by content.
+"""
 
 import ctypes
 import functools
@@ -86,8 +89,15 @@ def _machine() -> str:
 
 @functools.cache
 def _own_sources() -> str:
-    files = [*sorted(RUNTIME.glob("*")), *sorted(HERE.glob("*.py"))]
-    return "".join(f.read_text() for f in files if not f.name.startswith(("test_", "samples")))
+    translation = [
+        "ptx_parser",
+        "instruction_table",
+        "translate",
+        "build",
+        *sorted(f.stem for f in HERE.glob("ops_*.py")),
+    ]
+    files = [*sorted(f for f in RUNTIME.iterdir() if f.is_file()), *(HERE / f"{name}.py" for name in translation)]
+    return "".join(f.read_text() for f in files)
 
 
 def key(*parts: str) -> str:
@@ -96,16 +106,20 @@ def key(*parts: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
+_building: dict[str, threading.Lock] = {}
+
+
 def _cached(name: str, make) -> Path:
     """The file `name` of the cache. `make(folder, path)` builds it in a folder of its own when it is not there."""
     path = cache_folder() / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed when complete: another process may build the same file now.
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            built = Path(scratch) / path.name
-            make(Path(scratch), built)
-            built.replace(path)
+    with _building.setdefault(name, threading.Lock()):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Renamed when complete: another process may build the same file now.
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                built = Path(scratch) / path.name
+                make(Path(scratch), built)
+                built.replace(path)
     return path
 
 
@@ -125,21 +139,45 @@ def runtime_library(sanitizer: str | None = None, count: bool = False) -> Path:
         compiler, commands, objects = cxx() or [], [], []
         for name in (*PLAIN, *INSTRUMENTED):
             extra = _marker(sanitizer) if name in PLAIN else SANITIZERS[sanitizer]
-            flags = [*COMMON, *extra, *(["-DPTX_COUNT"] if count else []), *(["-frounding-math"] if name == "numbers" else [])]
+            flags = [
+                *COMMON,
+                *extra,
+                *(["-DPTX_COUNT"] if count else []),
+                *(["-frounding-math"] if name == "numbers" else []),
+            ]
             objects.append(str(folder / f"{name}.o"))
             optimise = "-O3" if name in ("mma", "wgmma") else "-O2"
             commands.append([*compiler, *flags, optimise, "-c", str(RUNTIME / f"{name}.cpp"), "-o", objects[-1]])
         _parallel(commands)
-        run([*compiler, "-shared", *SANITIZERS[sanitizer], f"-Wl,-soname,{path.name}", *objects, "-o", str(path), "-lpthread"])
+        run(
+            [
+                *compiler,
+                "-shared",
+                *SANITIZERS[sanitizer],
+                f"-Wl,-soname,{path.name}",
+                *objects,
+                "-o",
+                str(path),
+                "-lpthread",
+            ]
+        )
 
     return _cached(f"libptx_runtime-{key(str(sanitizer), str(count))}.so", make)
 
 
 def _link(objects: list[Path], path: Path, sanitizer: str | None, runtime: Path) -> None:
-    # Only C names leave the library: a template instantiated in two of them must not be shared, and a real libcudart not be shadowed.
+    # Only C names leave the library: a template instantiated in two of them must not be shared, and a real libcudart
+    # not be shadowed.
     script = path.with_suffix(".map")
     script.write_text("{ local: _Z*; cuda*; __cuda*; };\n")
-    command = [*(cxx() or []), "-shared", *SANITIZERS[sanitizer], *map(str, objects), str(runtime), f"-Wl,-rpath,{runtime.parent}"]
+    command = [
+        *(cxx() or []),
+        "-shared",
+        *SANITIZERS[sanitizer],
+        *map(str, objects),
+        str(runtime),
+        f"-Wl,-rpath,{runtime.parent}",
+    ]
     run([*command, f"-Wl,--version-script={script}", f"-Wl,-soname,{path.name}", "-o", str(path)])
 
 
@@ -159,7 +197,12 @@ def build_ptx(ptx: str, name: str, sanitizer: str | None = None, count: bool = F
 
     def make(folder: Path, path: Path) -> None:
         runtime = runtime_library(sanitizer, count)
-        _link(_compile_ptx(ptx, "ptx_module", folder, [*_flags(sanitizer, count), "-DPTX_EXPORT"]), path, sanitizer, runtime)
+        _link(
+            _compile_ptx(ptx, "ptx_module", folder, [*_flags(sanitizer, count), "-DPTX_EXPORT"]),
+            path,
+            sanitizer,
+            runtime,
+        )
 
     return _cached(f"{name[:60]}-{key(ptx, str(sanitizer), str(count))}.so", make)
 
@@ -222,7 +265,11 @@ def _stand_in() -> Path:
 
 
 def build_cuda(
-    sources: tuple[Path, ...], arch: str = "80", flags: tuple[str, ...] = (), sanitizer: str | None = None, count: bool = False
+    sources: tuple[Path, ...],
+    arch: str = "80",
+    flags: tuple[str, ...] = (),
+    sanitizer: str | None = None,
+    count: bool = False,
 ) -> Path:
     """One library of .cu files: their extern "C" functions run kernels on the CPU. Files are compiled side by side."""
     with ThreadPoolExecutor() as pool:
@@ -236,7 +283,11 @@ def build_cuda(
 
 
 def build_glue(
-    sources: list[Path], libraries: list[Path], flags: tuple[str, ...] = (), sanitizer: str | None = None, link: tuple[str, ...] = ()
+    sources: list[Path],
+    libraries: list[Path],
+    flags: tuple[str, ...] = (),
+    sanitizer: str | None = None,
+    link: tuple[str, ...] = (),
 ) -> Path:
     """A library of C++ sources that call the functions of built ones, such as an operator registration for PyTorch."""
 

@@ -1,7 +1,7 @@
 """The table of instructions, which the ops_* files fill, and what a handler sees of one instruction.
 
-A handler returns C++ statements. It takes the modifiers that it understands; one that is left over makes the translation fail, so that no
-variant of an instruction passes as another one.
+A handler returns C++ statements. It takes the modifiers that it understands; one that is left over makes the
+translation fail, so that no variant of an instruction passes as another one.
 """
 
 from collections.abc import Callable

@@ -47,7 +47,9 @@ def convert(c: Context) -> str:
     if flush and of == "f32":
         value = f"flush({value})"
     if to_float and from_float:
-        return _float_to_float(c, to, of, value, INTEGER_ROUNDINGS.get(integer_rounding or ""), rounding, saturate, relu, finite, flush)
+        return _float_to_float(
+            c, to, of, value, INTEGER_ROUNDINGS.get(integer_rounding or ""), rounding, saturate, relu, finite, flush
+        )
     if relu or finite:
         c.fail("not supported")
     if to_float:
@@ -66,7 +68,16 @@ def convert(c: Context) -> str:
 
 
 def _float_to_float(
-    c: Context, to: str, of: str, value: str, integral: str | None, rounding: str, saturate: bool, relu: bool, finite: bool, flush: bool
+    c: Context,
+    to: str,
+    of: str,
+    value: str,
+    integral: str | None,
+    rounding: str,
+    saturate: bool,
+    relu: bool,
+    finite: bool,
+    flush: bool,
 ) -> str:
     if integral:
         if of in NARROW:
@@ -94,7 +105,7 @@ def _float_to_float(
 
 def _integer_to_float(c: Context, to: str, of: str, value: str, rounding: str) -> str:
     if to in NARROW:
-        # fp64 holds all 32-bit integers; wider ones get an odd last bit, so that the second rounding is the only one that counts.
+        # fp64 holds all 32-bit integers; an odd last bit in fp32 makes the second rounding the only one that counts.
         if SIZES[of] == 8:
             c.fail("not supported")
         return c.assign(0, to, f"from_f32<{to}>(odd_f32(f64({value})), {rounding})")

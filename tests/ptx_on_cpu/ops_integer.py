@@ -3,7 +3,18 @@
 from .instruction_table import CPP, FLOATS, Context, instruction
 from .ptx_parser import SIZES
 
-COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+COMPARE = {
+    "eq": "==",
+    "ne": "!=",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "lo": "<",
+    "ls": "<=",
+    "hi": ">",
+    "hs": ">=",
+}
 WIDER = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64", "u64": "u128", "s64": "s128"}
 
 
@@ -170,7 +181,9 @@ def funnel(c: Context) -> str:
 @instruction("bfe")
 def bit_extract(c: Context) -> str:
     type_ = c.type()
-    return c.assign(0, type_, f"extract_bits<{CPP[type_]}>({c.value(1, type_)}, {c.value(2, 'u32')}, {c.value(3, 'u32')})")
+    return c.assign(
+        0, type_, f"extract_bits<{CPP[type_]}>({c.value(1, type_)}, {c.value(2, 'u32')}, {c.value(3, 'u32')})"
+    )
 
 
 @instruction("bfi")

@@ -8,7 +8,13 @@ HINTS = [f"L1::{p}" for p in ("evict_normal", "evict_unchanged", "evict_first", 
 HINTS += [f"L2::{p}" for p in ("evict_first", "evict_last", "evict_normal", "64B", "128B", "256B", "cache_hint")]
 HINTS += ["ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc"]
 SCOPES = ("cta", "gpu", "sys", "cluster")
-CHECKS = {"global": "at_global", "shared": "at_shared", "local": "at_local", "generic": "at_generic", "const": "at_global"}
+CHECKS = {
+    "global": "at_global",
+    "shared": "at_shared",
+    "local": "at_local",
+    "generic": "at_generic",
+    "const": "at_global",
+}
 
 
 def space_of(c: Context) -> str:
@@ -38,7 +44,9 @@ def move(c: Context) -> str:
         size = SIZES[type_] // len(parts)
         whole = c.get(value, type_)
         one = f"b{size * 8}"
-        moves = " ".join(c.set(p, one, f"u{size * 8}(whole >> {size * 8 * i})") for i, p in enumerate(parts) if p != "_")
+        moves = " ".join(
+            c.set(p, one, f"u{size * 8}(whole >> {size * 8 * i})") for i, p in enumerate(parts) if p != "_"
+        )
         return f"{{ const u{SIZES[type_] * 8} whole = {whole}; {moves} }}"
     if value.startswith("{") and len(parts := split(value[1:-1])) > 1:
         size, wide = SIZES[type_] // len(parts), f"u{SIZES[type_] * 8}"
@@ -69,6 +77,14 @@ def _order(c: Context) -> str | None:
     return order
 
 
+def _access(name: str, order: str | None) -> tuple[str, str]:
+    """The function of an access and its last argument."""
+    if order in (None, "weak"):
+        return name, ""
+    ordering = {"acquire": "__ATOMIC_ACQUIRE", "release": "__ATOMIC_RELEASE"}.get(order or "", "__ATOMIC_RELAXED")
+    return f"{name}_atomic", f", {ordering}"
+
+
 @instruction("ld", "ldu")
 def load(c: Context) -> str:
     order, space = _order(c), space_of(c)
@@ -76,10 +92,10 @@ def load(c: Context) -> str:
     count = int((c.take("v2", "v4", "v8") or "v1")[1:])
     type_ = c.type()
     raw, size = _raw(type_), SIZES[type_]
-    function = "load_acquire" if order in ("acquire", "volatile", "relaxed") else "load"
+    name, last = _access("load", order)
     address = checked(c, space, bracketed(c, c.operands[1]), count * size, False)
     parts = _vector(c, c.operands[0], count)
-    loads = [c.set(p, raw, f"{function}<{CPP[raw]}>(at + {size * i})") for i, p in enumerate(parts) if p != "_"]
+    loads = [c.set(p, raw, f"{name}<{CPP[raw]}>(at + {size * i}{last})") for i, p in enumerate(parts) if p != "_"]
     return f"{{ const u64 at = {address}; {' '.join(loads)} }}"
 
 
@@ -90,10 +106,10 @@ def store(c: Context) -> str:
     count = int((c.take("v2", "v4", "v8") or "v1")[1:])
     type_ = c.type()
     raw, size = _raw(type_), SIZES[type_]
-    function = "store_release" if order in ("release", "volatile", "relaxed") else "store"
+    name, last = _access("store", order)
     address = checked(c, space, bracketed(c, c.operands[0]), count * size, True)
     parts = _vector(c, c.operands[1], count)
-    stores = [f"{function}<{CPP[raw]}>(at + {size * i}, {c.get(p, raw)});" for i, p in enumerate(parts)]
+    stores = [f"{name}<{CPP[raw]}>(at + {size * i}, {c.get(p, raw)}{last});" for i, p in enumerate(parts)]
     return f"{{ const u64 at = {address}; {' '.join(stores)} }}"
 
 
@@ -106,7 +122,11 @@ def _update(c: Context, operation: str, type_: str, value: str) -> str:
         return f"PTX_BITS(u{SIZES[type_] * 8}, {type_}({text}))" if text else c.fail("not supported") or ""
     if type_ in ("f16", "bf16", "f16x2", "bf16x2"):
         one, bits = type_.removesuffix("x2"), "u16" if not type_.endswith("x2") else "u32"
-        body = {"add": "to_f32(a) + to_f32(b)", "min": "min_number(to_f32(a), to_f32(b))", "max": "max_number(to_f32(a), to_f32(b))"}
+        body = {
+            "add": "to_f32(a) + to_f32(b)",
+            "min": "min_number(to_f32(a), to_f32(b))",
+            "max": "max_number(to_f32(a), to_f32(b))",
+        }
         if operation not in body:
             c.fail("not supported")
         function = f"[]({one} a, {one} b) {{ return from_f32<{one}>({body[operation]}); }}"

@@ -34,7 +34,13 @@ def mma(c: Context) -> str:
     c.need("row")
     c.need("col")
     types = c.types()
-    if len(types) != 4 or types[1] != types[2] or types[0] != types[3] or types[1] not in ELEMENTS or types[0] not in ("f16", "f32"):
+    if (
+        len(types) != 4
+        or types[1] != types[2]
+        or types[0] != types[3]
+        or types[1] not in ELEMENTS
+        or types[0] not in ("f16", "f32")
+    ):
         c.fail("types not supported")
     element = types[1]
     if (m, n) != (16, 8) or k not in ({4, 8} if element == "tf32" else {8, 16}):
@@ -46,7 +52,8 @@ def mma(c: Context) -> str:
         c.fail("wrong number of registers")
     # The lanes meet in order, so results may overwrite operands only afterwards.
     text = f"{{ {_array(c, 'a', a, 4)} {_array(c, 'b', b, 2)} {_array(c, 'c', accumulators, 4)} u32 d[4]; "
-    text += f"PTX_FLOPS(tensor, {2 * m * n * k // 32}); mma(t, {ELEMENTS[element]}, {k}, {str(half).lower()}, d, a, b, c, {c.site}); "
+    text += f"PTX_FLOPS(tensor, {2 * m * n * k // 32}); "
+    text += f"mma(t, {ELEMENTS[element]}, {k}, {str(half).lower()}, d, a, b, c, {c.site}); "
     return text + " ".join(c.set(o, "b32", f"d[{i}]") for i, o in enumerate(d)) + " }"
 
 
@@ -77,7 +84,8 @@ def wmma(c: Context) -> str:
     if store:
         text = f"{{ {_array(c, 'r', registers, size)} for (u32 e = 0; e < {each}; e++) "
         return text + f"store<{cpp}>({checked}, {cpp}(r[{word}] >> {mask})); }}"
-    text = f"{{ u32 r[{size}] = {{}}; for (u32 e = 0; e < {each}; e++) r[{word}] |= u32(load<{cpp}>({checked})) << {mask}; "
+    text = f"{{ u32 r[{size}] = {{}}; for (u32 e = 0; e < {each}; e++) "
+    text += f"r[{word}] |= u32(load<{cpp}>({checked})) << {mask}; "
     return text + " ".join(c.set(o, "b32", f"r[{i}]") for i, o in enumerate(registers)) + " }"
 
 
@@ -88,12 +96,19 @@ def _wmma_product(c: Context) -> str:
     types = c.types()
     # f16 is not written in its own products: .d.c then, .d.a.b.c for the others.
     element = types[1] if len(types) == 4 else "f16"
-    if len(types) not in (2, 4) or element not in ELEMENTS or types[0] not in ("f16", "f32") or types[-1] not in ("f16", "f32"):
+    if (
+        len(types) not in (2, 4)
+        or element not in ELEMENTS
+        or types[0] not in ("f16", "f32")
+        or types[-1] not in ("f16", "f32")
+    ):
         c.fail("types not supported")
     d, a, b, accumulators = (_registers(o) for o in c.operands)
-    text = f"{{ {_array(c, 'a', a, len(a))} {_array(c, 'b', b, len(b))} {_array(c, 'c', accumulators, len(accumulators))} u32 d[{len(d)}]; "
+    arrays = [_array(c, n, r, len(r)) for n, r in (("a", a), ("b", b), ("c", accumulators))]
+    text = f"{{ {' '.join(arrays)} u32 d[{len(d)}]; "
     halves = f"{str(types[-1] == 'f16').lower()}, {str(types[0] == 'f16').lower()}"
-    text += f"PTX_FLOPS(tensor, {2 * m * n * k // 32}); wmma(t, {ELEMENTS[element]}, {m}, {n}, {k}, {halves}, d, a, b, c, {c.site}); "
+    text += f"PTX_FLOPS(tensor, {2 * m * n * k // 32}); "
+    text += f"wmma(t, {ELEMENTS[element]}, {m}, {n}, {k}, {halves}, d, a, b, c, {c.site}); "
     return text + " ".join(c.set(o, "b32", f"d[{i}]") for i, o in enumerate(d)) + " }"
 
 

@@ -8,7 +8,9 @@ from .ptx_parser import SIZES, split
 @instruction("shfl")
 def shuffle(c: Context) -> str:
     c.need("sync")
-    mode = {"up": "kUp32", "down": "kDown32", "bfly": "kButterfly32", "idx": "kIndex32"}[c.need("up", "down", "bfly", "idx")]
+    mode = {"up": "kUp32", "down": "kDown32", "bfly": "kButterfly32", "idx": "kIndex32"}[
+        c.need("up", "down", "bfly", "idx")
+    ]
     c.types()
     to, _, predicate = c.operands[0].partition("|")
     values = ", ".join([c.value(1, "b32"), c.value(2, "b32"), c.value(3, "b32"), c.value(4, "b32")])
@@ -118,7 +120,8 @@ def _matrices(c: Context) -> tuple[int, bool]:
 def load_matrix(c: Context) -> str:
     count, transposed = _matrices(c)
     parts = split(c.operands[0].strip("{}"))
-    text = f"{{ u32 r[4]; load_matrices(t, {count}, {str(transposed).lower()}, {bracketed(c, c.operands[1])}, r, {c.site}); "
+    address = bracketed(c, c.operands[1])
+    text = f"{{ u32 r[4]; load_matrices(t, {count}, {str(transposed).lower()}, {address}, r, {c.site}); "
     return text + " ".join(c.set(p, "b32", f"r[{i}]") for i, p in enumerate(parts)) + " }"
 
 
@@ -127,7 +130,8 @@ def store_matrix(c: Context) -> str:
     count, transposed = _matrices(c)
     values = ", ".join(c.get(p, "b32") for p in split(c.operands[1].strip("{}")))
     address = bracketed(c, c.operands[0])
-    return f"{{ const u32 r[4] = {{{values}}}; store_matrices(t, {count}, {str(transposed).lower()}, {address}, r, {c.site}); }}"
+    store = f"store_matrices(t, {count}, {str(transposed).lower()}, {address}, r, {c.site});"
+    return f"{{ const u32 r[4] = {{{values}}}; {store} }}"
 
 
 @instruction("movmatrix")

@@ -1,4 +1,7 @@
-"""Reads PTX text into a Module: variables, functions and their instructions, each with its line. Knows syntax, not instructions."""
+"""Reads PTX text into a Module: variables, functions and their instructions, each with its line.
+
+It knows the syntax, not the instructions.
+"""
 
 import bisect
 import re

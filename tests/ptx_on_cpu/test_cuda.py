@@ -1,4 +1,4 @@
-"""nvcc's code for ordinary kernels, tensor cores and the toolkit's libraries, run on the CPU and compared with NumPy and PyTorch."""
+"""nvcc's code for plain kernels, tensor cores and the toolkit's libraries, compared with NumPy and PyTorch."""
 
 import ctypes
 import math

@@ -157,7 +157,10 @@ PTX = """.version 8.0
         ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r1}, {%r1}, {%r1}, {%r1};", "types not supported"),
         ("cp.async.bulk.commit_group;", "unknown modifier .bulk"),
         ("cvt.rz.f16.f32.strange %r1, %r2;", "unknown modifier .strange"),
-        ("wgmma.mma_async.sp.sync.aligned.m64n8k32.f32.f16.f16 {%r1}, %d1, %d2, 1;", "unknown modifier .sp|not supported"),
+        (
+            "wgmma.mma_async.sp.sync.aligned.m64n8k32.f32.f16.f16 {%r1}, %d1, %d2, 1;",
+            "unknown modifier .sp|not supported",
+        ),
     ],
 )
 def test_unknown_ptx_fails_at_translation(statement, reason):

@@ -221,9 +221,17 @@ class FunctionTranslator:
         if operand in SPECIAL:
             return f"{cpp}({SPECIAL[operand]})"
         if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", operand):
-            return f"PTX_BITS(f32, 0x{match[1]}u)" if type_ == "f32" else self._literal(context, f"0x{match[1]}u", type_, 4)
+            return (
+                f"PTX_BITS(f32, 0x{match[1]}u)"
+                if type_ == "f32"
+                else self._literal(context, f"0x{match[1]}u", type_, 4)
+            )
         if match := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", operand):
-            return f"PTX_BITS(f64, 0x{match[1]}ull)" if type_ == "f64" else self._literal(context, f"0x{match[1]}ull", type_, 8)
+            return (
+                f"PTX_BITS(f64, 0x{match[1]}ull)"
+                if type_ == "f64"
+                else self._literal(context, f"0x{match[1]}ull", type_, 8)
+            )
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", operand):
             number = int(operand.rstrip("U"), 0 if not re.fullmatch(r"-?0\d+U?", operand) else 8)
             if type_ == "pred":
@@ -345,7 +353,9 @@ class ModuleTranslator:
     def symbol(self, name: str, function: Function) -> str | None:
         if name in self.dynamic:
             if not function.entry:
-                raise PtxError(f"{function.name}: dynamic shared memory in a function that is not inlined is not supported")
+                raise PtxError(
+                    f"{function.name}: dynamic shared memory in a function that is not inlined is not supported"
+                )
             return f"u64(SHARED_{identifier(function.name)})"
         if name in self.shared_offsets:
             return f"u64({self.shared_offsets[name]})"
@@ -370,7 +380,8 @@ class ModuleTranslator:
                 values.append(f"{_UNSIGNED[size]}({text})")
             else:
                 raise PtxError(f"variable {v.name}: its value {text} is an address, which is not supported")
-        return f"alignas({max(v.align, 16)}) {_UNSIGNED[size]} {name}[{max(1, (v.bytes or 0) // size)}] = {{{', '.join(values)}}};"
+        length = max(1, (v.bytes or 0) // size)
+        return f"alignas({max(v.align, 16)}) {_UNSIGNED[size]} {name}[{length}] = {{{', '.join(values)}}};"
 
     def run(self, name: str, lines: int) -> list[str]:
         """The C++ sources of the module, in namespace `name`, of about `lines` lines; the first holds the tables."""
@@ -396,13 +407,18 @@ class ModuleTranslator:
                 f"{f.parameter_bytes}, {len(f.parameters)}, layout_{own_name}}}"
             )
         declarations = ["namespace {", *constants, "}"]
-        for f, body in bodies:
+        for _, body in bodies:
             declarations.append(body[: body.index(" {")] + ";")
         declarations += [
-            f"extern {_UNSIGNED[SIZES[v.type]]} {g}[{max(1, (v.bytes or 0) // SIZES[v.type])}];" for v, g in self.globals
+            f"extern {_UNSIGNED[SIZES[v.type]]} {g}[{max(1, (v.bytes or 0) // SIZES[v.type])}];"
+            for v, g in self.globals
         ]
         declarations.append("extern const Site sites[];")
-        head = ['#include "translated.h"', "using namespace simt;", f'namespace {name} __attribute__((visibility("hidden"))) {{']
+        head = [
+            '#include "translated.h"',
+            "using namespace simt;",
+            f'namespace {name} __attribute__((visibility("hidden"))) {{',
+        ]
 
         sites = ["const Site sites[] = {"]
         for item in self.sites:
@@ -431,7 +447,7 @@ class ModuleTranslator:
         for _, body in sorted(bodies, key=lambda b: -len(b[1])):
             min(parts, key=lambda p: sum(map(len, p))).append(body)
         sources = ["\n".join([*head, *declarations, *part, "}"]) for part in parts]
-        sources[0] = sources[0][: -len("}")] + "\n#line 1 \"tables\"\n" + "\n".join(tables)
+        sources[0] = sources[0][: -len("}")] + '\n#line 1 "tables"\n' + "\n".join(tables)
         return [s + "\n" for s in sources]
 
 

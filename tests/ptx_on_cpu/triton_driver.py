@@ -1,4 +1,4 @@
-"""Runs what Triton compiles for NVIDIA GPUs on CPU tensors: its PTX is translated and executed, the kernels' source is unchanged.
+"""Runs what Triton compiles for NVIDIA GPUs on CPU tensors: its PTX is translated and executed, no source is changed.
 
 with active(80):
     kernel[grid](x, y, n, BLOCK=128)
@@ -17,7 +17,18 @@ from triton.runtime.cache import get_cache_manager
 
 from . import KernelError, Runtime, build_ptx, runtime
 
-FORMATS = {"i1": "?", "u1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q", "u64": "Q"}
+FORMATS = {
+    "i1": "?",
+    "u1": "?",
+    "i8": "b",
+    "u8": "B",
+    "i16": "h",
+    "u16": "H",
+    "i32": "i",
+    "u32": "I",
+    "i64": "q",
+    "u64": "Q",
+}
 FORMATS |= {"fp32": "f", "f32": "f", "fp64": "d", "f64": "d"}
 SHARED = {80: 163 << 10, 90: 227 << 10}
 
@@ -55,7 +66,9 @@ class Launcher:
     def __init__(self, source, metadata):
         driver = triton.runtime.driver.active
         if getattr(metadata, "tensordesc_meta", None):
-            raise NotImplementedError("tensor descriptors of sm_90 (TMA) are not modelled: run this kernel with active(80)")
+            raise NotImplementedError(
+                "tensor descriptors of sm_90 (TMA) are not modelled: run this kernel with active(80)"
+            )
         self.metadata, self.signature = metadata, list(source.signature.values())
         self.runtime: Runtime = driver.runtime
         path = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
@@ -73,7 +86,10 @@ class Launcher:
         scratch = torch.empty(self.metadata.global_scratch_size * x * y * z + 256, dtype=torch.uint8)
         memory.append(scratch)
         # Triton's kernels end with two parameters of its own: memory for the kernel and for the profiler.
-        values = [_pack(*p) for p in parameters] + [struct.pack("Q", -(-scratch.data_ptr() // 128) * 128), struct.pack("Q", 0)]
+        values = [_pack(*p) for p in parameters] + [
+            struct.pack("Q", -(-scratch.data_ptr() // 128) * 128),
+            struct.pack("Q", 0),
+        ]
         buffer = bytearray(self.bytes)
         for (offset, size), value in zip(self.layout, values, strict=True):
             if len(value) != size:

@@ -90,8 +90,10 @@ void finish(Log& log, size_t requests) {
 }  // namespace
 
 void count_access(Thread& t, Space space, bool write, uint64_t address, unsigned bytes, const Site* site) {
-  if (space == kGlobal) (write ? counters.global_write_bytes : counters.global_read_bytes) += bytes;
-  else (write ? counters.shared_write_bytes : counters.shared_read_bytes) += bytes;
+  if (space == kGlobal)
+    (write ? counters.global_write_bytes : counters.global_read_bytes) += bytes;
+  else
+    (write ? counters.shared_write_bytes : counters.shared_read_bytes) += bytes;
   Log& log = logs[{site, t.warp, write}];
   log.space = space, log.write = write, log.bytes = bytes;
   const uint64_t number = std::max(log.executed[t.lane], log.first);
@@ -104,7 +106,7 @@ void count_access(Thread& t, Space space, bool write, uint64_t address, unsigned
   if (log.pending.size() > kPending) finish(log, kPending / 2);
 }
 
-void count_block_end(Block&) {
+void count_block_end() {
   counters.blocks++;
   for (auto& entry : logs) finish(entry.second, entry.second.pending.size());
   logs.clear();

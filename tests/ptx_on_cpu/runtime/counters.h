@@ -26,16 +26,20 @@ void ptx_reset_counters();
 extern Counters counters;
 // One access of one lane. `bytes` is that of the whole vector.
 void count_access(Thread&, Space, bool write, uint64_t address, unsigned bytes, const Site*);
-void count_block_end(Block&);
+void count_block_end();
 
 #if defined(PTX_COUNT)
 #define PTX_FLOPS(kind, n) (::simt::counters.kind##_flops += (n))
 #define PTX_ACCESS(...) ::simt::count_access(__VA_ARGS__)
 #define PTX_ATOMIC() (::simt::counters.atomics++)
+#define PTX_BLOCK_END() (::simt::count_block_end())
+#define PTX_LAUNCH_END() (::simt::counters.launches++)
 #else
 #define PTX_FLOPS(kind, n) ((void)0)
 #define PTX_ACCESS(...) ((void)0)
 #define PTX_ATOMIC() ((void)0)
+#define PTX_BLOCK_END() ((void)0)
+#define PTX_LAUNCH_END() ((void)0)
 #endif
 
 }  // namespace simt

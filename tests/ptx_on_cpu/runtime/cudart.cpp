@@ -25,7 +25,7 @@ struct Configuration {
 struct Function {
   std::string name;
   const simt::Kernel* kernel;  // found at the first use: modules may register later than host code
-  int dynamic_limit;  // cudaFuncAttributeMaxDynamicSharedMemorySize, -1 before it is set
+  int dynamic_limit;           // cudaFuncAttributeMaxDynamicSharedMemorySize, -1 before it is set
 };
 
 struct Library {
@@ -220,10 +220,13 @@ cudaError_t cudaGetDeviceCount(int* count) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const simt::Options& o = *simt::ptx_options();
   switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock: case cudaDevAttrMaxBlockDimX: case cudaDevAttrMaxBlockDimY: *value = 1024; break;
+    case cudaDevAttrMaxThreadsPerBlock:
+    case cudaDevAttrMaxBlockDimX:
+    case cudaDevAttrMaxBlockDimY: *value = 1024; break;
     case cudaDevAttrMaxBlockDimZ: *value = 64; break;
     case cudaDevAttrMaxGridDimX: *value = 0x7fffffff; break;
-    case cudaDevAttrMaxGridDimY: case cudaDevAttrMaxGridDimZ: *value = 65535; break;
+    case cudaDevAttrMaxGridDimY:
+    case cudaDevAttrMaxGridDimZ: *value = 65535; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = int(kDefaultShared); break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(opt_in()); break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = int(opt_in() + 1024); break;
@@ -231,7 +234,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMultiProcessorCount: *value = o.processors; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = int(kThreadsPerProcessor); break;
     case cudaDevAttrMaxBlocksPerMultiprocessor: *value = int(kBlocksPerProcessor); break;
-    case cudaDevAttrMaxRegistersPerBlock: case cudaDevAttrMaxRegistersPerMultiprocessor: *value = 65536; break;
+    case cudaDevAttrMaxRegistersPerBlock:
+    case cudaDevAttrMaxRegistersPerMultiprocessor: *value = 65536; break;
     case cudaDevAttrWarpSize: *value = 32; break;
     case cudaDevAttrComputeCapabilityMajor: *value = o.capability / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = o.capability % 10; break;

@@ -84,8 +84,9 @@ void misaligned(Thread& t, u64 address, u32 bytes, const Site* site) {
 }
 
 void outside_shared(Thread& t, u64 offset, u32 bytes, const Site* site) {
-  fail(t, site, kIllegalAddress, std::to_string(bytes) + " bytes at offset " + std::to_string(offset) + " of the block's " +
-                                     std::to_string(t.shared_bytes) + " bytes of shared memory");
+  fail(t, site, kIllegalAddress,
+       std::to_string(bytes) + " bytes at offset " + std::to_string(offset) + " of the block's " + std::to_string(t.shared_bytes) +
+           " bytes of shared memory");
 }
 
 void ptx_set_ranges(int count, const Range* given) {
@@ -110,8 +111,7 @@ void ptx_remove_range(u64 low) {
 }
 
 void ptx_register(const Module* m) {
-  for (unsigned i = 0; i < m->variables; i++)
-    ptx_add_range(u64(m->variable[i].address), m->variable[i].bytes, m->variable[i].writable);
+  for (unsigned i = 0; i < m->variables; i++) ptx_add_range(u64(m->variable[i].address), m->variable[i].bytes, m->variable[i].writable);
 }
 
 void ptx_unregister(const Module* m) {
@@ -119,7 +119,9 @@ void ptx_unregister(const Module* m) {
 }
 
 void copy_async(Thread& t, u64 to_shared, u64 from, u32 bytes, u32 source_bytes, const Site* site) {
-  if (source_bytes > bytes) fail(t, site, kLaunchFailure, "cp.async: source size " + std::to_string(source_bytes) + " exceeds its " + std::to_string(bytes) + " bytes");
+  if (source_bytes > bytes)
+    fail(t, site, kLaunchFailure,
+         "cp.async: source size " + std::to_string(source_bytes) + " exceeds its " + std::to_string(bytes) + " bytes");
   const u64 to = at_shared<true>(t, to_shared, bytes, site);
   if (from & (bytes - 1)) misaligned(t, from, bytes, site);
   if (source_bytes) {

@@ -78,18 +78,19 @@ template <class T>
 inline void store(u64 address, T value) {
   *reinterpret_cast<typename Cell<T>::type*>(address) = value;
 }
+// .volatile, .relaxed, .acquire and .release: no data race for ThreadSanitizer, and ordering where the instruction has it.
 template <class T>
-inline T load_acquire(u64 address) {
+inline T load_atomic(u64 address, [[maybe_unused]] int order) {
 #if defined(SIMT_TSAN)
-  return __atomic_load_n(reinterpret_cast<T*>(address), __ATOMIC_ACQUIRE);
+  return __atomic_load_n(reinterpret_cast<T*>(address), order);
 #else
   return load<T>(address);
 #endif
 }
 template <class T>
-inline void store_release(u64 address, T value) {
+inline void store_atomic(u64 address, T value, [[maybe_unused]] int order) {
 #if defined(SIMT_TSAN)
-  __atomic_store_n(reinterpret_cast<T*>(address), value, __ATOMIC_RELEASE);
+  __atomic_store_n(reinterpret_cast<T*>(address), value, order);
 #else
   store<T>(address, value);
 #endif

@@ -30,8 +30,10 @@ void load_a(const Product& p, u32 lane, f32 (*a)[16]) {
   const u32 g = lane / 4, t = lane % 4, per = E == kTf32 ? 1 : 2, registers = p.k / (2 * per);
   for (u32 r = 0; r < registers; r++) {
     f32* row = a[g + r % 2 * 8] + t * per + r / 2 * 4 * per;
-    if (E == kTf32) row[0] = decode_tf32(p.a[r]);
-    else row[0] = decode(E, u16(p.a[r])), row[1] = decode(E, u16(p.a[r] >> 16));
+    if (E == kTf32)
+      row[0] = decode_tf32(p.a[r]);
+    else
+      row[0] = decode(E, u16(p.a[r])), row[1] = decode(E, u16(p.a[r] >> 16));
   }
 }
 
@@ -40,8 +42,10 @@ void load_b(const Product& p, u32 lane, Row8* b) {
   const u32 g = lane / 4, t = lane % 4, per = E == kTf32 ? 1 : 2, registers = p.k / (4 * per);
   for (u32 r = 0; r < registers; r++) {
     Row8* row = b + t * per + r * 4 * per;
-    if (E == kTf32) row[0][g] = decode_tf32(p.b[r]);
-    else row[0][g] = decode(E, u16(p.b[r])), row[1][g] = decode(E, u16(p.b[r] >> 16));
+    if (E == kTf32)
+      row[0][g] = decode_tf32(p.b[r]);
+    else
+      row[0][g] = decode(E, u16(p.b[r])), row[1][g] = decode(E, u16(p.b[r] >> 16));
   }
 }
 
@@ -105,8 +109,10 @@ void combine_wmma(void* const* data, unsigned, Thread& last) {
     for (u32 i = 0; i < in_d; i++) d[l * in_d + i] += s.half_c ? half_of(o.c[i / 2], i & 1) : PTX_BITS(f32, o.c[i]);
     for (u32 i = 0; i < in_d; i += 2) {
       const f32* x = &d[l * in_d + i];
-      if (s.half_d) o.d[i / 2] = half_pair(x[0], x[1]);
-      else o.d[i] = PTX_BITS(u32, x[0]), o.d[i + 1] = PTX_BITS(u32, x[1]);
+      if (s.half_d)
+        o.d[i / 2] = half_pair(x[0], x[1]);
+      else
+        o.d[i] = PTX_BITS(u32, x[0]), o.d[i + 1] = PTX_BITS(u32, x[1]);
     }
   }
 }
@@ -127,7 +133,8 @@ u64 fragment_address(Thread& t, const Fragment& f, u32 e, bool column_major, u64
   return base + (column_major ? u64(j) * stride + i : u64(i) * stride + j) * f.element_bytes;
 }
 
-void wmma(Thread& t, Element e, u32 m, u32 n, u32 k, bool half_c, bool half_d, u32* d, const u32* a, const u32* b, const u32* c, const Site* site) {
+void wmma(Thread& t, Element e, u32 m, u32 n, u32 k, bool half_c, bool half_d, u32* d, const u32* a, const u32* b, const u32* c,
+          const Site* site) {
   Opaque own{e, m, n, k, half_c, half_d, d, a, b, c};
   whole_warp(t, "wmma.mma", &own, combine_wmma, site);
 }

@@ -68,15 +68,15 @@ To integer_to_float(From a, Rounding r) {
   return rounded<To>(r, [&] { return To(x); });
 }
 
-#define PTX_FLOAT(T)                              \
-  template T add_rounded(T, T, Rounding);         \
-  template T mul_rounded(T, T, Rounding);         \
-  template T div_rounded(T, T, Rounding);         \
-  template T fma_rounded(T, T, T, Rounding);      \
-  template T sqrt_rounded(T, Rounding);           \
-  template T integer_to_float<T>(s32, Rounding);  \
-  template T integer_to_float<T>(u32, Rounding);  \
-  template T integer_to_float<T>(s64, Rounding);  \
+#define PTX_FLOAT(T)                             \
+  template T add_rounded(T, T, Rounding);        \
+  template T mul_rounded(T, T, Rounding);        \
+  template T div_rounded(T, T, Rounding);        \
+  template T fma_rounded(T, T, T, Rounding);     \
+  template T sqrt_rounded(T, Rounding);          \
+  template T integer_to_float<T>(s32, Rounding); \
+  template T integer_to_float<T>(u32, Rounding); \
+  template T integer_to_float<T>(s64, Rounding); \
   template T integer_to_float<T>(u64, Rounding);
 PTX_FLOAT(f32)
 PTX_FLOAT(f64)

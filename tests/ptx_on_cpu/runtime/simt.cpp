@@ -106,13 +106,13 @@ void thread_done(Thread& t) {
   for (unsigned k = 0; k < w.slots; k++) {
     const Slot& s = w.slot[k];
     if (!(s.mask >> t.lane & 1)) continue;
-    if (!e.options.early_exits) fail(t, s.site, kLaunchFailure, std::string("this thread exits while ") + s.kind + " of its warp waits for it");
+    if (!e.options.early_exits)
+      fail(t, s.site, kLaunchFailure, std::string("this thread exits while ") + s.kind + " of its warp waits for it");
     if (s.arrived == (s.mask & ~w.exited)) finish_slot(w, k--, t);
   }
   for (Barrier& bar : b.barrier) {
     if (!bar.arrived || bar.expected) continue;
-    if (!e.options.early_exits)
-      fail(t, bar.site, kLaunchFailure, "this thread exits while others wait at a barrier for the whole block");
+    if (!e.options.early_exits) fail(t, bar.site, kLaunchFailure, "this thread exits while others wait at a barrier for the whole block");
     if (bar.arrived == b.alive) release(b, bar);
   }
 }
@@ -227,7 +227,8 @@ Status check_launch(const Kernel& k, Dim grid, Dim size, uint64_t shared_bytes) 
   if (r[0] && (size.x != r[0] || size.y != r[1] || size.z != r[2]))
     return Status(refuse(kInvalidValue, std::string(k.name) + ": block " + name(size) + " is not the required one"));
   if (shared_bytes > shared_limit(ptx_options()->capability))
-    return Status(refuse(kInvalidValue, std::string(k.name) + ": " + std::to_string(shared_bytes) + " bytes of shared memory are too many"));
+    return Status(
+        refuse(kInvalidValue, std::string(k.name) + ": " + std::to_string(shared_bytes) + " bytes of shared memory are too many"));
   return kSuccess;
 }
 
@@ -235,8 +236,10 @@ Status check_launch(const Kernel& k, Dim grid, Dim size, uint64_t shared_bytes) 
 
 unsigned shared_limit(int capability) {
   switch (capability / 10 * 10 == 80 ? capability : capability / 10 * 10) {
-    case 86: case 89: return 99 << 10;
-    case 80: case 87: return 163 << 10;
+    case 86:
+    case 89: return 99 << 10;
+    case 80:
+    case 87: return 163 << 10;
     case 70: return 64 << 10;
     case 120: return 99 << 10;
     default: return 227 << 10;
@@ -261,7 +264,8 @@ void collective(Thread& t, unsigned mask, const char* kind, void* data, Combine 
   Warp& w = *t.warp;
   if (!(mask >> t.lane & 1)) fail(t, site, kLaunchFailure, std::string("this lane is not in the mask of its own ") + kind);
   if (mask & w.exited & ~w.absent && !e.options.early_exits)
-    fail(t, site, kLaunchFailure, std::string(kind) + " names lanes that have exited: mask " + hexadecimal(mask) + ", exited " + hexadecimal(w.exited));
+    fail(t, site, kLaunchFailure,
+         std::string(kind) + " names lanes that have exited: mask " + hexadecimal(mask) + ", exited " + hexadecimal(w.exited));
   unsigned k = 0;
   while (k < w.slots && w.slot[k].mask != mask) k++;
   Slot& s = w.slot[k];
@@ -269,7 +273,8 @@ void collective(Thread& t, unsigned mask, const char* kind, void* data, Combine 
     w.slots++;
     s.mask = mask, s.arrived = 0, s.kind = kind, s.site = site, s.combine = combine;
   } else if (std::strcmp(s.kind, kind)) {
-    fail(t, site, kLaunchFailure, std::string("lanes of a warp meet at different instructions: ") + kind + " here, " + s.kind + " at " + at(s.site));
+    fail(t, site, kLaunchFailure,
+         std::string("lanes of a warp meet at different instructions: ") + kind + " here, " + s.kind + " at " + at(s.site));
   }
   s.data[t.lane] = data;
   s.arrived |= 1u << t.lane;
@@ -359,9 +364,7 @@ std::vector<Copy> take_copies(Thread& t, unsigned groups_left) {
   return taken;
 }
 
-bool on_stack(const Thread& t, uint64_t address) {
-  return address - reinterpret_cast<uint64_t>(t.fiber->stack) < t.fiber->size;
-}
+bool on_stack(const Thread& t, uint64_t address) { return address - reinterpret_cast<uint64_t>(t.fiber->stack) < t.fiber->size; }
 
 Options* ptx_options() { return &e.options; }
 
@@ -399,8 +402,9 @@ int ptx_launch(const Kernel* kernel, Dim grid, Dim size, unsigned dynamic_bytes,
     prepare_block(shared_window(e.options.order_blocks ? 0 : k), unsigned(shared_bytes));
     order_release(&e.launch_order);
     run_block();
-    count_block_end(b);
+    PTX_BLOCK_END();
   }
+  PTX_LAUNCH_END();
   order_acquire(&e.done_order);
   while (e.shared.size() > 1) {
     std::free(e.shared.back());

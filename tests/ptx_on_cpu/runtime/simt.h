@@ -130,10 +130,10 @@ enum Schedule { kForward = 0, kReverse = 1 };  // any other number is a seed
 
 struct Options {
   int schedule = kForward;
-  int poison = 1;             // shared memory starts as 0xFF bytes, and cp.async targets hold them until waited for
-  int early_exits = 0;        // threads may exit before barriers and warp instructions that wait for them
-  int order_blocks = 1;       // 0: ThreadSanitizer also looks for races between blocks
-  int capability = 80;        // of the device that the stand-in CUDA runtime describes
+  int poison = 1;        // shared memory starts as 0xFF bytes, and cp.async targets hold them until waited for
+  int early_exits = 0;   // threads may exit before barriers and warp instructions that wait for them
+  int order_blocks = 1;  // 0: ThreadSanitizer also looks for races between blocks
+  int capability = 80;   // of the device that the stand-in CUDA runtime describes
   int processors = 4;
 };
 

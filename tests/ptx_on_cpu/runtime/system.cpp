@@ -28,11 +28,16 @@ void device_printf(Thread&, u64 format, u64 arguments, const Site*) {
     }
     const char kind = *f;
     char text[512];
-    if (std::strchr("eEfFgGaA", kind)) std::snprintf(text, sizeof text, (item + kind).c_str(), load<f64>(next(8)));
-    else if (kind == 's') std::snprintf(text, sizeof text, (item + kind).c_str(), reinterpret_cast<const char*>(load<u64>(next(8))));
-    else if (kind == 'p') std::snprintf(text, sizeof text, "%p", reinterpret_cast<void*>(load<u64>(next(8))));
-    else if (wide) std::snprintf(text, sizeof text, (item + "ll" + kind).c_str(), load<u64>(next(8)));
-    else std::snprintf(text, sizeof text, (item + kind).c_str(), load<u32>(next(4)));
+    if (std::strchr("eEfFgGaA", kind))
+      std::snprintf(text, sizeof text, (item + kind).c_str(), load<f64>(next(8)));
+    else if (kind == 's')
+      std::snprintf(text, sizeof text, (item + kind).c_str(), reinterpret_cast<const char*>(load<u64>(next(8))));
+    else if (kind == 'p')
+      std::snprintf(text, sizeof text, "%p", reinterpret_cast<void*>(load<u64>(next(8))));
+    else if (wide)
+      std::snprintf(text, sizeof text, (item + "ll" + kind).c_str(), load<u64>(next(8)));
+    else
+      std::snprintf(text, sizeof text, (item + kind).c_str(), load<u32>(next(4)));
     std::fputs(text, stdout);
   }
   std::fflush(stdout);

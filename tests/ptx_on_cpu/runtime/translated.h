@@ -48,9 +48,12 @@ inline u32 each_half(u32 a, u32 b, u32 c, Operation operation) {
 
 template <class T>
 inline T from_f32(f32 x, Rounding r = kNearest) {
-  if constexpr (std::is_same_v<T, bf16>) return to_bf16(x, r);
-  else if constexpr (std::is_same_v<T, f16>) return to_f16(x, r);
-  else return T(x);
+  if constexpr (std::is_same_v<T, bf16>)
+    return to_bf16(x, r);
+  else if constexpr (std::is_same_v<T, f16>)
+    return to_f16(x, r);
+  else
+    return T(x);
 }
 
 inline u64 next_clock() {

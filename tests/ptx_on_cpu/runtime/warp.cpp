@@ -149,7 +149,8 @@ bool elect(Thread& t, u32 mask, u32& leader, const Site* site) {
   u32 own = 0;
   collective(
       t, mask, "elect.sync", &own,
-      [](void* const* data, unsigned lanes, Thread&) { each(lanes, [&](unsigned l) { of<u32>(data, l) = u32(__builtin_ctz(lanes)); }); }, site);
+      [](void* const* data, unsigned lanes, Thread&) { each(lanes, [&](unsigned l) { of<u32>(data, l) = u32(__builtin_ctz(lanes)); }); },
+      site);
   leader = own;
   return own == t.lane;
 }

@@ -46,7 +46,9 @@ void combine(void* const* data, unsigned, Thread& last) {
       for (u32 i = 0; i < 4; i++)
         for (u32 h = 0; h < per; h++) {
           const u16 bits = u16(r[i] >> 16 * h);
-          f32 x = w.element == kTf32 ? PTX_BITS(f32, r[i] & 0xffffe000u) : w.element == kBf16 ? to_f32(bf16{bits}) : to_f32(PTX_BITS(f16, bits));
+          f32 x = w.element == kTf32   ? PTX_BITS(f32, r[i] & 0xffffe000u)
+                  : w.element == kBf16 ? to_f32(bf16{bits})
+                                       : to_f32(PTX_BITS(f16, bits));
           a[l / 4 + i % 2 * 8][l % 4 * per + h + i / 2 * 4 * per] = w.negate_a ? -x : x;
         }
     }

@@ -1,7 +1,8 @@
 // Plain kernels: elementwise, shared memory, shuffles, atomics, constants, calls, local arrays, fp64, printf-free control flow.
-#include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <cstdint>
 
 namespace {
 

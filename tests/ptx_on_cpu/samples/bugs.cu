@@ -1,7 +1,8 @@
 // Kernels with a bug each, and launches that CUDA refuses. test_seeded_bugs.py says what must be reported.
+#include <cuda_runtime.h>
+
 #include <cassert>
 #include <cstdint>
-#include <cuda_runtime.h>
 
 namespace {
 
@@ -51,13 +52,17 @@ __global__ void divergent_barriers(float* x, int n) {
   }
 }
 __global__ void deadlock(float* x) {
-  if (threadIdx.x < 32) asm volatile("bar.sync 1, 64;");
-  else asm volatile("bar.sync 2, 64;");
+  if (threadIdx.x < 32)
+    asm volatile("bar.sync 1, 64;");
+  else
+    asm volatile("bar.sync 2, 64;");
   x[threadIdx.x] = 1;
 }
 __global__ void mixed_collectives(unsigned* x) {
-  if (threadIdx.x & 1) x[threadIdx.x] = __ballot_sync(~0u, 1);
-  else x[threadIdx.x] = __shfl_sync(~0u, x[threadIdx.x], 0);
+  if (threadIdx.x & 1)
+    x[threadIdx.x] = __ballot_sync(~0u, 1);
+  else
+    x[threadIdx.x] = __shfl_sync(~0u, x[threadIdx.x], 0);
 }
 __global__ void failed_assert(int* x) { assert(x[threadIdx.x] == 0); }
 __global__ void null_pointer(float* x) { x[threadIdx.x] = 1; }
@@ -73,9 +78,9 @@ __global__ void dynamic_shared(float* x) {
 }  // namespace
 
 #define LAUNCHER(kernel, parameters, arguments, grid, block, shared) \
-  cudaError_t launch_##kernel parameters {                          \
-    kernel<<<grid, block, shared>>> arguments;                      \
-    return cudaGetLastError();                                      \
+  cudaError_t launch_##kernel parameters {                           \
+    kernel<<<grid, block, shared>>> arguments;                       \
+    return cudaGetLastError();                                       \
   }
 
 extern "C" {
@@ -102,7 +107,7 @@ cudaError_t launch_bounded(float* x, int threads) {
 cudaError_t launch_any(float* x, int gx, int gy, int bx, int bz, int shared, int opt_in) {
   if (opt_in) {
     const cudaError_t e = cudaFuncSetAttribute(dynamic_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, opt_in);
-    if (e != cudaSuccess) return e;
+    if (e != cudaSuccess) return cudaGetLastError();  // else the next launcher would return it
   }
   dynamic_shared<<<dim3(gx, gy), dim3(bx, 1, bz), shared>>>(x);
   return cudaGetLastError();

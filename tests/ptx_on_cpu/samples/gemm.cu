@@ -1,6 +1,7 @@
 // Matrix products with tensor cores: c[m,n] = a[m,k] b[k,n]. Seeded bugs are switched on by -D, see test_seeded_bugs.py.
-#include <cstdint>
 #include <cuda_bf16.h>
+
+#include <cstdint>
 
 namespace {
 
@@ -17,7 +18,9 @@ __device__ void wait() {
 }
 
 __device__ void load_a(uint32_t (&r)[4], const void* p) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(p)));
 }
 __device__ void load_b(uint32_t (&r)[2], const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(p)));
@@ -89,7 +92,8 @@ __global__ void __launch_bounds__(128)
   for (int i = 0; i < 2; i++)
     for (int j = 0; j < 4; j++)
       for (int r = 0; r < 4; r++) {
-        const int row = row0 + warp_row + i * 16 + (lane >> 2) + (r >> 1) * 8, column = column0 + warp_column + j * 8 + (lane & 3) * 2 + (r & 1);
+        const int row = row0 + warp_row + i * 16 + (lane >> 2) + (r >> 1) * 8,
+                  column = column0 + warp_column + j * 8 + (lane & 3) * 2 + (r & 1);
         if (row < m && column < n) c[int64_t(row) * n + column] = sums[i][j][r];
       }
 }
@@ -130,14 +134,17 @@ extern "C" {
 
 cudaError_t gemm_bf16(const void* a, const void* b, float* c, int m, int n, int k, cudaStream_t s) {
   const dim3 grid((n + kN - 1) / kN, (m + kM - 1) / kM);
-  gemm_bf16_kernel<<<grid, 128, 2 * (kM * kPadA + kK * kPadB) * 2, s>>>(static_cast<const __nv_bfloat16*>(a), static_cast<const __nv_bfloat16*>(b), c, m, n, k);
+  gemm_bf16_kernel<<<grid, 128, 2 * (kM * kPadA + kK * kPadB) * 2, s>>>(static_cast<const __nv_bfloat16*>(a),
+                                                                        static_cast<const __nv_bfloat16*>(b), c, m, n, k);
   return cudaGetLastError();
 }
 
 cudaError_t gemm_tf32(const float* a, const float* b, float* c, int m, int n, int k, int step, cudaStream_t s) {
   const dim3 grid((n + 7) / 8, (m + 15) / 16);
-  if (step == 8) gemm_tf32_kernel<8><<<grid, 32, 0, s>>>(a, b, c, m, n, k);
-  else gemm_tf32_kernel<4><<<grid, 32, 0, s>>>(a, b, c, m, n, k);
+  if (step == 8)
+    gemm_tf32_kernel<8><<<grid, 32, 0, s>>>(a, b, c, m, n, k);
+  else
+    gemm_tf32_kernel<4><<<grid, 32, 0, s>>>(a, b, c, m, n, k);
   return cudaGetLastError();
 }
 

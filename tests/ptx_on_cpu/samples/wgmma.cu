@@ -1,7 +1,8 @@
 // One warpgroup product c[64,n] = a[64,64] b of Hopper, operands in shared memory with 128-byte swizzle. b comes as [n,64] (k in a row)
 // or as [64,n] (n in a row).
-#include <cstdint>
 #include <cuda_bf16.h>
+
+#include <cstdint>
 
 namespace {
 
@@ -46,8 +47,7 @@ __global__ void wgmma_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, flo
   asm volatile("wgmma.commit_group.sync.aligned;");
   asm volatile("wgmma.wait_group.sync.aligned 0;");
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  for (int i = 0; i < 32; i++)
-    c[(warp * 16 + lane / 4 + (i / 2 % 2) * 8) * kN + i / 4 * 8 + lane % 4 * 2 + i % 2] = d[i];
+  for (int i = 0; i < 32; i++) c[(warp * 16 + lane / 4 + (i / 2 % 2) * 8) * kN + i / 4 * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 
 template <bool Transposed>
