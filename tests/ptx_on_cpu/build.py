@@ -3,7 +3,6 @@
 Results are cached by content.
 """
 
-import ctypes
 import functools
 import hashlib
 import os
@@ -165,20 +164,14 @@ def runtime_library(sanitizer: str | None = None, count: bool = False) -> Path:
     return _cached(f"libptx_runtime-{key(str(sanitizer), str(count))}.so", make)
 
 
-def _link(objects: list[Path], path: Path, sanitizer: str | None, runtime: Path) -> None:
+def _link(objects: list[Path], path: Path, sanitizer: str | None, runtime: Path, extra: list[str]) -> None:
     # Only C names leave the library: a template instantiated in two of them must not be shared, and a real libcudart
     # not be shadowed.
     script = path.with_suffix(".map")
     script.write_text("{ local: _Z*; cuda*; __cuda*; };\n")
-    command = [
-        *(cxx() or []),
-        "-shared",
-        *SANITIZERS[sanitizer],
-        *map(str, objects),
-        str(runtime),
-        f"-Wl,-rpath,{runtime.parent}",
-    ]
-    run([*command, f"-Wl,--version-script={script}", f"-Wl,-soname,{path.name}", "-o", str(path)])
+    command = [*(cxx() or []), "-shared", *SANITIZERS[sanitizer], *map(str, objects), *extra, str(runtime)]
+    names = [f"-Wl,-rpath,{runtime.parent}", f"-Wl,-soname,{path.name}", f"-Wl,--version-script={script}"]
+    run([*command, *names, "-o", str(path)])
 
 
 def _compile_ptx(ptx: str, name: str, folder: Path, flags: list[str]) -> list[Path]:
@@ -197,12 +190,8 @@ def build_ptx(ptx: str, name: str, sanitizer: str | None = None, count: bool = F
 
     def make(folder: Path, path: Path) -> None:
         runtime = runtime_library(sanitizer, count)
-        _link(
-            _compile_ptx(ptx, "ptx_module", folder, [*_flags(sanitizer, count), "-DPTX_EXPORT"]),
-            path,
-            sanitizer,
-            runtime,
-        )
+        objects = _compile_ptx(ptx, "ptx_module", folder, [*_flags(sanitizer, count), "-DPTX_EXPORT"])
+        _link(objects, path, sanitizer, runtime, [])
 
     return _cached(f"{name[:60]}-{key(ptx, str(sanitizer), str(count))}.so", make)
 
@@ -277,7 +266,7 @@ def build_cuda(
         objects = list(pool.map(lambda s: _cuda_object(s, arch, flags, sanitizer, count), sources))
 
     def make(folder: Path, path: Path) -> None:
-        _link([*objects, stand_in.result()], path, sanitizer, runtime.result())
+        _link([*objects, stand_in.result()], path, sanitizer, runtime.result(), [])
 
     return _cached(f"{sources[0].stem}-{key(*(o.name for o in objects))}.so", make)
 
@@ -288,23 +277,29 @@ def build_glue(
     flags: tuple[str, ...] = (),
     sanitizer: str | None = None,
     link: tuple[str, ...] = (),
+    replace: dict[str, Path] | None = None,
 ) -> Path:
-    """A library of C++ sources that call the functions of built ones, such as an operator registration for PyTorch."""
+    """A library of C++ sources that call the functions of built ones, such as the operators of a GPU's library.
+
+    `replace` puts other files in the place of headers that lie beside a source.
+    """
+    replacements = replace or {}
+    folders = [Path(f[2:]) for f in flags if f.startswith("-I")]
 
     def make(folder: Path, path: Path) -> None:
-        commands, objects = [], []
+        commands, objects = [], [_stand_in()]
         for i, source in enumerate(sources):
-            objects.append(folder / f"{i}_{source.stem}.o")
+            # A copy with its folder's headers: the compiler looks beside the source first.
+            copy = folder / str(i)
+            copy.mkdir()
+            for file in [source, *source.parent.glob("*.h")]:
+                shutil.copy(replacements.get(file.name, file), copy / file.name)
+            objects.append(copy / f"{source.stem}.o")
             command = [*(cxx() or []), *COMMON, "-O1", f"-I{_cuda_include()}", *flags, *SANITIZERS[sanitizer]]
-            commands.append([*command, "-c", str(source), "-o", str(objects[-1])])
+            commands.append([*command, "-c", str(copy / source.name), "-o", str(objects[-1])])
         _parallel(commands)
-        names = [*map(str, objects), *map(str, libraries), f"-Wl,-rpath,{cache_folder()}"]
-        run([*(cxx() or []), "-shared", *SANITIZERS[sanitizer], *names, *link, "-o", str(path)])
+        runtime = runtime_library(sanitizer)
+        _link(objects, path, sanitizer, runtime, [*map(str, libraries), f"-Wl,-rpath,{cache_folder()}", *link])
 
-    folders = [Path(f[2:]) for f in flags if f.startswith("-I")]
-    texts = [_included(s, folders) for s in sources]
+    texts = [_included(s, folders) for s in [*sources, *replacements.values()]]
     return _cached(f"{sources[0].stem}-{key(*texts, *map(str, libraries), *flags, *link, str(sanitizer))}.so", make)
-
-
-def load(path: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(path))
