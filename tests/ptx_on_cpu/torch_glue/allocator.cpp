@@ -13,26 +13,31 @@ void ptx_remove_range(uint64_t low);
 
 namespace {
 
+c10::DeleterFnPtr inner_release = nullptr;
+
+void release(void* data) {
+  if (data) ptx_remove_range(reinterpret_cast<uint64_t>(data));
+  inner_release(data);
+}
+
+// PyTorch also asks for plain pointers, which needs the context of an allocation to be its address.
 class Recording final : public c10::Allocator {
  public:
-  explicit Recording(c10::Allocator* inner) : inner_(inner) {}
-
-  c10::DataPtr allocate(size_t bytes) override {
-    auto* own = new c10::DataPtr(inner_->allocate(bytes));
-    void* data = own->get();
-    if (data) ptx_add_range(reinterpret_cast<uint64_t>(data), bytes, 1);
-    return {data, own, &release, own->device()};
+  explicit Recording(c10::Allocator* inner) : inner_(inner) {
+    inner_release = inner->raw_deleter();
+    TORCH_CHECK(inner_release, "PyTorch's CPU allocator gives no plain pointers");
   }
 
+  c10::DataPtr allocate(size_t bytes) override {
+    void* data = inner_->raw_allocate(bytes);
+    if (data) ptx_add_range(reinterpret_cast<uint64_t>(data), bytes, 1);
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
  private:
-  static void release(void* own) {
-    auto* data = static_cast<c10::DataPtr*>(own);
-    if (data->get()) ptx_remove_range(reinterpret_cast<uint64_t>(data->get()));
-    delete data;
-  }
-
   c10::Allocator* inner_;
 };
 
