@@ -92,6 +92,7 @@ def _own_sources() -> str:
         "ptx_parser",
         "instruction_table",
         "translate",
+        "translate_function",
         "build",
         *sorted(f.stem for f in HERE.glob("ops_*.py")),
     ]

@@ -19,8 +19,10 @@ def builds(request):
         return
     wanted = {item.path.stem for item in request.session.items}
     requests = []
+    if {"test_cuda", "test_torch_glue"} & wanted:
+        requests.append(dict(sources=(source("basics"),)))
     if "test_cuda" in wanted:
-        requests += [dict(sources=(source(name),)) for name in ("basics", "gemm", "libraries")]
+        requests += [dict(sources=(source(name),)) for name in ("gemm", "libraries")]
         requests.append(dict(sources=(source("wgmma"),), arch="90"))
     if {"test_cuda", "test_seeded_bugs"} & wanted:
         requests.append(dict(sources=(source("bugs"),)))

@@ -2,6 +2,7 @@
 
 from .instruction_table import Context, instruction
 from .ptx_parser import split
+from .translate_function import identifier
 
 
 @instruction("bra")
@@ -44,8 +45,6 @@ def call(c: Context) -> str:
     if name not in c.function.module.defined:
         c.fail("calls of functions that are not in the module, and through pointers, are not supported")
     c.function.called.add(name)
-    from .translate import identifier
-
     def pointers(values: list[str]) -> str:
         return ", ".join(f"reinterpret_cast<u8*>({v})" for v in values) or "nullptr"
 

@@ -1,7 +1,7 @@
 """Links operators for CUDA tensors against emulated launchers and registers them for CPU tensors.
 
-The sources are those of the GPU's library. Two things differ: device.h, which is the one here, and the namespace, of C++
-and of the operators, so that the CPU's own kernels stay what they are.
+The sources are those of the GPU's library. Two things differ: device.h, which is the one here, and the namespace, of
+C++ and of the operators, so that the CPU's own kernels stay what they are.
 """
 
 import ctypes
@@ -38,9 +38,8 @@ def load_operators(
     """
     compile_, link = torch_flags()
     flags = (*(f"-I{i}" for i in include), *compile_, f"-Dpykernels={namespace}")
-    path = build_glue(
-        [*sources, HERE / "allocator.cpp"], [library.path], flags, sanitizer, link, replace={"device.h": HERE / "device.h"}
-    )
+    files, replace = [*sources, HERE / "allocator.cpp"], {"device.h": HERE / "device.h"}
+    path = build_glue(files, [library.path], flags, sanitizer, link, replace)
     return ctypes.CDLL(str(path))
 
 
