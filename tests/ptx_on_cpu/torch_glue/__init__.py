@@ -1,0 +1,50 @@
+"""Links operators for CUDA tensors against emulated launchers and registers them for CPU tensors.
+
+The sources are those of the GPU's library. Two things differ: device.h, which is the one here, and the namespace, of
+C++ and of the operators, so that the CPU's own kernels stay what they are.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from .. import Library, build_glue
+
+HERE = Path(__file__).parent
+
+
+def torch_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Flags for compiling and linking against the installed PyTorch, found by its files."""
+    folder = Path(torch.__file__).parent
+    libraries = ("torch", "torch_cpu", "c10")
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    link = (f"-L{folder / 'lib'}", *(f"-l{name}" for name in libraries), f"-Wl,-rpath,{folder / 'lib'}")
+    return (f"-I{folder / 'include'}", abi), link
+
+
+@functools.cache
+def load_operators(
+    sources: tuple[Path, ...],
+    library: Library,
+    namespace: str = "pykernels_ptx",
+    include: tuple[Path, ...] = (),
+    sanitizer: str | None = None,
+) -> ctypes.CDLL:
+    """Compiles and loads the sources with namespace `pykernels` renamed; the operators are in torch.ops then.
+
+    `library` holds the launchers that they call. `include`: folders of headers.
+    """
+    compile_, link = torch_flags()
+    flags = (*(f"-I{i}" for i in include), *compile_, f"-Dpykernels={namespace}")
+    files, replace = [*sources, HERE / "allocator.cpp"], {"device.h": HERE / "device.h"}
+    path = build_glue(files, [library.path], flags, sanitizer, link, replace)
+    return ctypes.CDLL(str(path))
+
+
+def record_allocations(operators: ctypes.CDLL) -> None:
+    """From now on, PyTorch's CPU tensors are allowed memory; `with runtime().bounds():` then allows only them."""
+    operators.ptx_record_allocations()
+
+
