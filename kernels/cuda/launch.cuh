@@ -1,0 +1,33 @@
+// Starting kernels, and the choice between a tile that is efficient and one that gives every multiprocessor work.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace pykernels::cuda {
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream, Arguments... arguments) {
+  if (shared_bytes > 48 << 10) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+inline int64_t multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// Whether tiles of rows x columns are enough to occupy most of the device. A result never depends on it.
+inline bool fills_device(int64_t rows, int64_t columns, int64_t tile_rows, int64_t tile_columns) {
+  return ((rows + tile_rows - 1) / tile_rows) * ((columns + tile_columns - 1) / tile_columns) * 4 >= multiprocessors() * 3;
+}
+
+}  // namespace pykernels::cuda
