@@ -4,7 +4,7 @@ Environment variables:
     MAX_JOBS             parallel compiler processes (ninja's choice when unset)
     PYKERNELS_BUILD_DIR  where object files are kept between builds (./build)
     PYKERNELS_SANITIZE   sanitizers to compile with, for example address,undefined (tests/run_sanitized.sh)
-    USE_CUDA             0: no CUDA kernels; 1: CUDA kernels, or no build; unset: where nvcc and torch have the same CUDA
+    USE_CUDA             0: no CUDA kernels; 1: CUDA kernels, or no build; unset: where nvcc and torch have one CUDA
     TORCH_CUDA_ARCH_LIST compute capabilities to compile for, as for PyTorch's own extensions ("8.0 9.0+PTX")
     CUDA_HOME            the CUDA toolkit (/usr/local/cuda, or that of the nvcc on PATH)
 """
@@ -96,7 +96,7 @@ class Cuda(NamedTuple):
 
 
 def find_cuda(torch: Torch) -> Cuda:
-    """The nvcc of torch's CUDA. SystemExit where USE_CUDA=1 asks for what is not there, or an architecture is unknown."""
+    """The nvcc of torch's CUDA. SystemExit where USE_CUDA=1 asks for what is not there, or a capability is wrong."""
     wanted = os.environ.get("USE_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"pykernels: USE_CUDA: expected 0, 1 or unset, got {wanted!r}")
@@ -119,7 +119,8 @@ def find_cuda(torch: Torch) -> Cuda:
         told = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
         release = re.search(r"release (\d+)\.", told)
         if not release or release[1] != torch.cuda.split(".")[0]:
-            reason = f"{compiler} is of CUDA {release[1] if release else '?'}, and torch {torch.version} of {torch.cuda}"
+            other = release[1] if release else "?"
+            reason = f"{compiler} is of CUDA {other}, and torch {torch.version} of CUDA {torch.cuda}"
     if reason and wanted == "1":
         sys.exit(f"pykernels: USE_CUDA=1, but {reason}")
     return Cuda(reason=reason) if reason else Cuda(compiler, " ".join(archs.split()))
