@@ -94,9 +94,8 @@ void GatedConvArguments::find_cond(const GatedConvInputs& in, GatedConvForm& for
   bool fits = false;
   if (packed_rows()) {
     form.cond_per_row = cond.dim() == 2;
-    fits = form.cond_per_row
-               ? cond.size(0) == x.size(0) && cond.size(1) == width
-               : cond.dim() == 3 && cond.size(0) == in.cu_seqlens->numel() - 1 && cond.size(1) == 1 && cond.size(2) == width;
+    fits = form.cond_per_row ? cond.size(0) == x.size(0) && cond.size(1) == width
+                             : cond.dim() == 3 && cond.size(0) == in.cu_seqlens->numel() - 1 && cond.size(1) == 1 && cond.size(2) == width;
   } else {
     fits = cond.dim() == 3 && cond.size(0) == x.size(0) && cond.size(2) == width && (cond.size(1) == 1 || cond.size(1) == out_shape[1]);
     form.cond_per_row = fits && cond.size(1) != 1;

@@ -33,7 +33,8 @@ cuda::Batch batch_of(const at::Tensor& x, const OptionalTensor& mask, const Opti
   }
   if (batch.packed) {
     TORCH_CHECK_VALUE(batch.sequences > 0 || (batch.sequences == 0 && batch.rows == 0),
-                      "cu_seqlens: expected non-decreasing row numbers from 0 to T = ", batch.rows, ", got ", batch.sequences + 1, " of them");
+                      "cu_seqlens: expected non-decreasing row numbers from 0 to T = ", batch.rows, ", got ", batch.sequences + 1,
+                      " of them");
     if (batch.rows > 0) {
       keep.push_back(at::empty({batch.rows}, x.options().dtype(at::kInt)));
       auto* to = keep.back().mutable_data_ptr<int32_t>();

@@ -58,8 +58,8 @@ class CudaGatedConvCall : public GatedConvArguments {
     if (readable) return;
     keep_.push_back(bytes(in_rows * args.in_width * size));
     void* staged = keep_.back().mutable_data_ptr();
-    check_cuda(cuda::pykernels_cuda_stage_rows(dtype, args.x, sequence, row, x.stride(-1), in_rows, length, args.c_in, args.in_width, staged,
-                                               stream),
+    check_cuda(cuda::pykernels_cuda_stage_rows(dtype, args.x, sequence, row, x.stride(-1), in_rows, length, args.c_in, args.in_width,
+                                               staged, stream),
                "stage_rows");
     args.x = staged;
     args.x_sequence = packed_rows() ? 0 : length * args.in_width;
@@ -89,9 +89,8 @@ std::tuple<at::Tensor, at::Tensor> gated_conv_fwd(const at::Tensor& x, const at:
                                                   const OptionalTensor& packed, int64_t dilation, std::string_view padding,
                                                   std::string_view residual, std::string_view value_act, std::string_view split,
                                                   double gate_dropout, double gate_noise, bool save) {
-  const GatedConvInputs inputs{x,          weight, bias,     gate_weight, gate_bias, cond,      mask,  lengths,
-                               cu_seqlens, seed,   dilation, padding,     residual,  value_act, split, gate_dropout,
-                               gate_noise};
+  const GatedConvInputs inputs{x,    weight,   bias,    gate_weight, gate_bias, cond,  mask,         lengths,   cu_seqlens,
+                               seed, dilation, padding, residual,    value_act, split, gate_dropout, gate_noise};
   const OnDevice device(x);
   CudaGatedConvCall call(inputs);
   call.lay_out(inputs, device.stream);
@@ -110,8 +109,8 @@ at::Tensor gated_conv_pack(const at::Tensor& weight, const OptionalTensor& gate_
   TORCH_CHECK_VALUE(weight.dim() == 3, "weight: expected [2 * C_out, C_in, K], got shape ", weight.sizes());
   const OptionalTensor none;
   const at::Tensor no_rows = at::empty({0, 0, weight.size(1)}, weight.options());
-  const GatedConvInputs inputs{no_rows, weight, none, gate_weight, none,   none,       none,  none, none,
-                               none,    1,      "causal", "none",  "identity", split, 0,     0};
+  const GatedConvInputs inputs{no_rows, weight, none,     gate_weight, none,       none,  none, none, none,
+                               none,    1,      "causal", "none",      "identity", split, 0,    0};
   const OnDevice device(weight);
   CudaGatedConvCall call(inputs);
   call.lay_out(inputs, device.stream);
@@ -147,9 +146,8 @@ Gradients gated_conv_bwd(const at::Tensor& dy, const at::Tensor& x, const at::Te
                          const OptionalTensor& seed, const OptionalTensor& saved, int64_t dilation, std::string_view padding,
                          std::string_view residual, std::string_view value_act, std::string_view split, double gate_dropout,
                          double gate_noise, std::array<bool, 6> needs) {
-  const GatedConvInputs inputs{x,          weight, bias,     gate_weight, gate_bias, cond,      mask,  lengths,
-                               cu_seqlens, seed,   dilation, padding,     residual,  value_act, split, gate_dropout,
-                               gate_noise};
+  const GatedConvInputs inputs{x,    weight,   bias,    gate_weight, gate_bias, cond,  mask,         lengths,   cu_seqlens,
+                               seed, dilation, padding, residual,    value_act, split, gate_dropout, gate_noise};
   const OnDevice device(x);
   CudaGatedConvCall call(inputs);
   call.lay_out(inputs, device.stream);

@@ -20,9 +20,9 @@ struct GatedConv : GatedConvForm {
   int64_t out_length, out_rows;  // output rows of a sequence of a padded batch, and of all
   // x, the packed weights and dh are read 16 bytes at a time: strides and widths are multiples of that.
   const void* x;
-  int64_t x_sequence, x_row;  // strides in elements
-  int64_t in_width;           // c_in rounded up: what follows c_in in a row of x or the weights is zeros
-  int64_t out_width;          // c_out rounded up
+  int64_t x_sequence, x_row;               // strides in elements
+  int64_t in_width;                        // c_in rounded up: what follows c_in in a row of x or the weights is zeros
+  int64_t out_width;                       // c_out rounded up
   const void *value_weight, *gate_weight;  // [c_out, c_in, taps]
   void* packed;                            // packed_bytes
   bool wide;  // c_out is a multiple of 8 and all that is read and written by rows of c_out is aligned to 16 bytes

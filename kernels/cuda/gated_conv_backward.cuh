@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kGateThreads) gate_backward_kernel(const __gri
       store_eight(static_cast<T*>(p.gate_dcond) + row * 2 * p.c_out + column, dz, n, p.wide);
     }
   }
-  float(&mine)[17] = partial[threadIdx.y * blockDim.x + threadIdx.x];
+  float (&mine)[17] = partial[threadIdx.y * blockDim.x + threadIdx.x];
 #pragma unroll
   for (int i = 0; i < 16; i++) mine[i] = sums[i / 8][i % 8];
   __syncthreads();
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gated_conv_input_kernel(const 
   const bool any = __syncthreads_or(live);
 
   const bool wide = p.c_in % 8 == 0;
-  const auto use = [&](int r, int column, float(&v)[Tile::kGroups][8]) {
+  const auto use = [&](int r, int column, float (&v)[Tile::kGroups][8]) {
     const int64_t row = row0 + r;
     if (row >= p.batch.rows) return;
     const TapRow& place = rows[r];
@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(Tile::kThreads) gated_conv_input_kernel(const 
   Accumulators<Tile> sums;
   if (any) {
     const int64_t width = dh_row * int64_t(sizeof(T)), packed_columns = (p.c_in + 31) / 32 * 32;
-    TapSource<Tile> source(rows, width, p.left, -p.dilation, p.taps, static_cast<const char*>(p.packed_transposed) + column0 * p.taps * width,
-                           packed_columns - column0, width);
+    TapSource<Tile> source(rows, width, p.left, -p.dilation, p.taps,
+                           static_cast<const char*>(p.packed_transposed) + column0 * p.taps * width, packed_columns - column0, width);
     run_product(sums, source, TapSource<Tile>::steps(p.taps, width), shared);
   } else {
     sums.clear();
@@ -203,8 +203,8 @@ cudaError_t launch_backward_input(const GatedConv& p, cudaStream_t stream) {
 
 // One tile of [2 out_width, in_width] of one tap, over split_rows rows.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) gated_conv_weight_kernel(const __grid_constant__ GatedConv p, int row_tiles,
-                                                                            int column_tiles) {
+__global__ void __launch_bounds__(Tile::kThreads)
+    gated_conv_weight_kernel(const __grid_constant__ GatedConv p, int row_tiles, int column_tiles) {
   using T = typename Tile::Element;
   extern __shared__ __align__(128) char shared[];
   __shared__ RowWindow<Tile> window;

@@ -22,13 +22,15 @@ cudaError_t forward(const GatedConv& p, cudaStream_t stream) {
 }
 template <class Large, class Small>
 cudaError_t backward_input(const GatedConv& p, cudaStream_t stream) {
-  return p.c_in > Small::kColumns && fills_device(p.batch.rows, p.c_in, Large::kRows, Large::kColumns) ? launch_backward_input<Large>(p, stream)
-                                                                           : launch_backward_input<Small>(p, stream);
+  return p.c_in > Small::kColumns && fills_device(p.batch.rows, p.c_in, Large::kRows, Large::kColumns)
+             ? launch_backward_input<Large>(p, stream)
+             : launch_backward_input<Small>(p, stream);
 }
 
 template <class Large, class Small, class Weight>
 constexpr GatedConvLaunchers launchers() {
-  return {forward<Large, Small>, launch_backward_gate<typename Large::Element>, backward_input<Large, Small>, launch_backward_weight<Weight>};
+  return {forward<Large, Small>, launch_backward_gate<typename Large::Element>, backward_input<Large, Small>,
+          launch_backward_weight<Weight>};
 }
 
 }  // namespace pykernels::cuda

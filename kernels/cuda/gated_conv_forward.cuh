@@ -31,7 +31,7 @@ __device__ __forceinline__ void gate_eight(const GatedConv& p, const TapRow& pla
                                            float (&z)[8]) {
   const int64_t at = row * p.c_out + column;
   float loaded[8];
-  const auto add = [&](float(&to)[8], const void* from, int64_t offset) {
+  const auto add = [&](float (&to)[8], const void* from, int64_t offset) {
     if (!from) return;
     load_eight(loaded, static_cast<const T*>(from) + offset, n, p.wide);
 #pragma unroll
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gated_conv_forward_kernel(cons
   }
   const bool any = __syncthreads_or(live);
 
-  const auto use = [&](int r, int column, float(&v)[2][8]) {
+  const auto use = [&](int r, int column, float (&v)[2][8]) {
     const int64_t row = row0 + r, output = column0 / 2 + column / 64 * 32 + column % 64;
     if (row >= p.out_rows || output >= p.c_out) return;
     const int n = int(p.c_out - output < 8 ? p.c_out - output : 8);

@@ -1,5 +1,5 @@
-// Products of tiles: c[m][n] += sum over k of a[m][k] b[n][k], with both operands contiguous along k. Copies to shared memory run kStages - 1
-// steps of 64 bytes of k ahead of the arithmetic. Every element is summed in the order of k by one thread, whatever the tile's shape.
+// Products of tiles: c[m][n] += sum over k of a[m][k] b[n][k], with both operands contiguous along k. Copies to shared memory run kStages -
+// 1 steps of 64 bytes of k ahead of the arithmetic. Every element is summed in the order of k by one thread, whatever the tile's shape.
 //
 // Columns are permuted within groups of 32 so that a thread's accumulators are eight neighbours in memory: the operand's row
 // permuted_column(n) holds what belongs to column n.
@@ -85,7 +85,7 @@ struct Accumulators {
         for (int half = 0; half < 2; half++) {
 #pragma unroll
           for (int i = 0; i < Tile::kSlots / 2; i++) {
-            float(&upper)[8] = c[2 * i][pair / 2], (&lower)[8] = c[2 * i + 1][pair / 2];
+            float (&upper)[8] = c[2 * i][pair / 2], (&lower)[8] = c[2 * i + 1][pair / 2];
             const int e = 2 * (pair % 2 * 2 + half);
             Math::multiply(upper[e], upper[e + 1], lower[e], lower[e + 1], fa[i], fb[2 * half], fb[2 * half + 1]);
           }
@@ -159,7 +159,7 @@ __device__ __forceinline__ void visit_sums(const Accumulators<Tile>& sums, char*
   for (int i = 0; i < Tile::kSlots; i++) {
 #pragma unroll
     for (int g = 0; g < Tile::kGroups; g++) {
-      const float(&v)[8] = sums.c[i][g];
+      const float (&v)[8] = sums.c[i][g];
       mine[((i * Tile::kGroups + g) * 2) * Tile::kThreads] = make_float4(v[0], v[1], v[2], v[3]);
       mine[((i * Tile::kGroups + g) * 2 + 1) * Tile::kThreads] = make_float4(v[4], v[5], v[6], v[7]);
     }

@@ -1,5 +1,6 @@
-// Products that sum over rows, as gradients of weights are: c[m][n] += sum over r of a[r][m] b[r][n], both operands contiguous along m or n.
-// As in product.cuh copies run ahead; which rows there are is found out one step before they are copied, and steps without any are skipped.
+// Products that sum over rows, as gradients of weights are: c[m][n] += sum over r of a[r][m] b[r][n], both operands contiguous along m or
+// n. As in product.cuh copies run ahead; which rows there are is found out one step before they are copied, and steps without any are
+// skipped.
 #pragma once
 
 #include "mma.cuh"
@@ -76,7 +77,7 @@ struct RowSums {
     for (int i = 0; i < kDown; i++) {
 #pragma unroll
       for (int j = 0; j < kAcross; j++) {
-        const float(&v)[4] = c[i][j];
+        const float (&v)[4] = c[i][j];
         if constexpr (Tile::Math::kTensorCores) {
           const int row = row0 + i * 16 + lane / 4, column = column0 + j * 8 + lane % 4 * 2;
           use(row, column, v[0], v[1]);
@@ -109,7 +110,7 @@ struct RowSums {
         for (int half = 0; half < 2; half++) {
 #pragma unroll
           for (int i = 0; i < Tile::kTilesDown; i++) {
-            float(&v)[4] = c[i][2 * pair + half];
+            float (&v)[4] = c[i][2 * pair + half];
             Tile::Math::multiply(v[0], v[1], v[2], v[3], fa[i], fb[2 * half], fb[2 * half + 1]);
           }
         }
@@ -134,10 +135,11 @@ struct RowSums {
       }
 #pragma unroll
       for (int j = 0; j < Tile::kTilesAcross; j++) {
-        const uint32_t b0 = element(b, Tile::kBBytes, step + k, column + j * 8), b1 = element(b, Tile::kBBytes, step + k + 4, column + j * 8);
+        const uint32_t b0 = element(b, Tile::kBBytes, step + k, column + j * 8),
+                       b1 = element(b, Tile::kBBytes, step + k + 4, column + j * 8);
 #pragma unroll
         for (int i = 0; i < Tile::kTilesDown; i++) {
-          float(&v)[4] = c[i][j];
+          float (&v)[4] = c[i][j];
           Tile::Math::multiply(v[0], v[1], v[2], v[3], fa[i], b0, b1);
         }
       }
@@ -167,8 +169,8 @@ struct RowSums {
 // Sums over rows [begin, end). a_row(r) is where row r of a begins; b_row(r) where that of b does, or null where the row adds nothing.
 // a_bytes and b_bytes, multiples of 16, are what there is of a row from the tile's first element on.
 template <class Tile, class ARow, class BRow>
-__device__ __forceinline__ void run_row_product(RowSums<Tile>& sums, int64_t begin, int64_t end, int64_t a_bytes, int64_t b_bytes, ARow a_row,
-                                                BRow b_row, const char* fallback, RowWindow<Tile>& window, char* shared) {
+__device__ __forceinline__ void run_row_product(RowSums<Tile>& sums, int64_t begin, int64_t end, int64_t a_bytes, int64_t b_bytes,
+                                                ARow a_row, BRow b_row, const char* fallback, RowWindow<Tile>& window, char* shared) {
   constexpr int kStages = Tile::kStages, kSlots = RowWindow<Tile>::kSlots;
   const int64_t steps = (end - begin + Tile::kDepth - 1) / Tile::kDepth;
   const uint32_t base = shared_address(shared);
@@ -188,8 +190,8 @@ __device__ __forceinline__ void run_row_product(RowSums<Tile>& sums, int64_t beg
     for (int i = 0; i < Tile::kDepth * Tile::kAChunks / Tile::kThreads; i++) {
       const int index = threadIdx.x + i * Tile::kThreads, row = index / Tile::kAChunks, chunk = index % Tile::kAChunks;
       const bool valid = chunk * 16 < a_bytes && window.b[slot][row];
-      copy_async(a + Tile::template address<Tile::kABytes>(row, chunk), valid ? a_row(begin + step * Tile::kDepth + row) + chunk * 16 : fallback,
-                 valid);
+      copy_async(a + Tile::template address<Tile::kABytes>(row, chunk),
+                 valid ? a_row(begin + step * Tile::kDepth + row) + chunk * 16 : fallback, valid);
     }
 #pragma unroll
     for (int i = 0; i < Tile::kDepth * Tile::kBChunks / Tile::kThreads; i++) {

@@ -11,8 +11,8 @@ namespace pykernels::cuda {
 struct TapRow {
   const char* sequence;  // row 0 of the sequence that the taps read
   const uint8_t* mask;
-  int t;     // tap k reads row t + offset + k * step
-  int live;  // rows that exist; 0: the result's row does not
+  int t;      // tap k reads row t + offset + k * step
+  int live;   // rows that exist; 0: the result's row does not
   int index;  // of the sequence
 };
 
@@ -20,8 +20,8 @@ template <class Tile>
 class TapSource {
  public:
   // rows [Tile::kRows]; weights: row `column` of the tile's operand, `columns` of them exist.
-  __device__ __forceinline__ TapSource(const TapRow* rows, int64_t row_bytes, int64_t offset, int64_t step, int64_t taps, const char* weights,
-                                       int64_t columns, int64_t width_bytes)
+  __device__ __forceinline__ TapSource(const TapRow* rows, int64_t row_bytes, int64_t offset, int64_t step, int64_t taps,
+                                       const char* weights, int64_t columns, int64_t width_bytes)
       : rows_(rows), row_bytes_(row_bytes), shift_(offset), step_(step), width_(width_bytes), weight_row_(taps * width_bytes) {
     const int row = threadIdx.x / 4;
     fallback_ = weights;
