@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 SUPPORTED_TORCH = "torch>=2.13,<2.16"
-CUDA_ARCHS = "8.0 9.0 10.0 12.0+PTX"
+CUDA_ARCHS = "8.0 9.0a 10.0 12.0+PTX"
 
 
 class Torch(NamedTuple):
@@ -82,7 +82,7 @@ class Cuda(NamedTuple):
     """The CUDA compiler to use; archs empty and the reason where CUDA kernels are not built."""
 
     compiler: str = ""
-    archs: str = ""  # "8.0 9.0 10.0 12.0+PTX"
+    archs: str = ""  # "8.0 9.0a 10.0 12.0+PTX"
     reason: str = ""
 
     @property

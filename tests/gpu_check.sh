@@ -9,7 +9,8 @@ step() { printf '\n== %s (after %d s)\n' "$1" "$SECONDS"; }
 
 step "build"
 capability=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || exit
-USE_CUDA=1 TORCH_CUDA_ARCH_LIST=$capability "$python" -m pip install -q --no-build-isolation --no-deps -e . || exit
+[[ $capability == 9.0 ]] && capability=9.0a # with its own instructions
+USE_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} "$python" -m pip install -q --no-build-isolation --no-deps -e . || exit
 "$python" -m pykernels.env | head -20
 
 step "tests"

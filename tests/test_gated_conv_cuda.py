@@ -104,18 +104,6 @@ def test_channels_and_lengths(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_tiles(dtype: str) -> None:
-    """Enough tiles for the large shapes on any GPU, with remainders in all directions, and long sums over rows."""
-    for case in (
-        Case(B=40, L=515, C_in=128, C_out=128, dilation=5),
-        Case(B=64, L=300, C_in=136, C_out=136, rows="lengths", cond="one", residual="add"),
-        Case(B=9, L=4000, C_in=160, C_out=72, rows="packed", residual="none", value_act="tanh", gate_dropout=0.1),
-        Case(B=300, L=60, C_in=256, C_out=256, rows="mask", padding="valid", K=2, cond="all"),
-    ):
-        check_case(case, dtype, problem_by_gpu)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_extremes(dtype: str) -> None:
     """Empty batches and sequences, one row, dilations beyond the sequence, many taps."""
     for case in (
@@ -309,3 +297,15 @@ def test_module_prepacked_and_compiled() -> None:
         strict=True,
     ):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_tiles(dtype: str) -> None:
+    """Enough tiles for the large shapes on any GPU, with remainders in all directions, and long sums over rows."""
+    for case in (
+        Case(B=40, L=515, C_in=128, C_out=128, dilation=5),
+        Case(B=64, L=300, C_in=136, C_out=136, rows="lengths", cond="one", residual="add"),
+        Case(B=9, L=4000, C_in=160, C_out=72, rows="packed", residual="none", value_act="tanh", gate_dropout=0.1),
+        Case(B=300, L=60, C_in=256, C_out=256, rows="mask", padding="valid", K=2, cond="all"),
+    ):
+        check_case(case, dtype, problem_by_gpu)

@@ -130,7 +130,8 @@ cudaError_t launch_backward_gate(const GatedConv& p, cudaStream_t stream) {
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads) gated_conv_input_kernel(const __grid_constant__ GatedConv p, int column_tiles) {
   using T = typename Tile::Element;
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ char shared_memory[];
+  char* const shared = aligned_shared<Tile>(shared_memory);
   __shared__ TapRow rows[Tile::kRows];
   const int64_t row0 = int64_t(blockIdx.x / column_tiles) * Tile::kRows;
   const int64_t column0 = int64_t(blockIdx.x % column_tiles) * Tile::kColumns;
@@ -154,30 +155,26 @@ __global__ void __launch_bounds__(Tile::kThreads) gated_conv_input_kernel(const 
   const bool any = __syncthreads_or(live);
 
   const bool wide = p.c_in % 8 == 0;
-  const auto use = [&](int r, int column, float (&v)[Tile::kGroups][8]) {
-    const int64_t row = row0 + r;
-    if (row >= p.batch.rows) return;
+  const auto use = [&](int r, int column, float (&v)[1][8]) {
+    const int64_t row = row0 + r, input = column0 + column;
+    if (row >= p.batch.rows || input >= p.c_in) return;
     const TapRow& place = rows[r];
     const int64_t t = place.t - p.shift;  // of the output row that this row of x is blended into
-    const bool through = p.residual != Residual::none && place.index >= 0 && t >= 0 && t < place.live;
-    const int64_t out_row = row - place.t - (p.batch.packed ? 0 : place.index * (p.batch.length - p.out_length)) + t;
+    const int n = int(p.c_in - input < 8 ? p.c_in - input : 8);
+    float (&out)[8] = v[0];
+    if (place.index < 0) {
 #pragma unroll
-    for (int group = 0; group < Tile::kGroups; group++) {
-      const int64_t input = column0 + column + group * 32;
-      if (input >= p.c_in) break;
-      const int n = int(p.c_in - input < 8 ? p.c_in - input : 8);
-      float out[8];
+      for (int i = 0; i < 8; i++) out[i] = 0.f;
+    } else if (p.residual != Residual::none && t >= 0 && t < place.live) {
+      const int64_t out_row = row - place.t - (p.batch.packed ? 0 : place.index * (p.batch.length - p.out_length)) + t;
+      const int64_t at = out_row * p.c_out + input;
+      float dy[8], g[8];
+      load_eight(dy, static_cast<const T*>(p.dy) + at, n, p.wide);
+      if (p.residual == Residual::highway) load_eight(g, static_cast<const T*>(p.saved_gate) + at, n, p.wide);
 #pragma unroll
-      for (int i = 0; i < 8; i++) out[i] = place.index < 0 ? 0.f : v[group][i];
-      if (through) {
-        float dy[8], g[8];
-        load_eight(dy, static_cast<const T*>(p.dy) + out_row * p.c_out + input, n, p.wide);
-        if (p.residual == Residual::highway) load_eight(g, static_cast<const T*>(p.saved_gate) + out_row * p.c_out + input, n, p.wide);
-#pragma unroll
-        for (int i = 0; i < 8; i++) out[i] += p.residual == Residual::highway ? dy[i] * (1.f - g[i]) : dy[i];
-      }
-      store_eight(static_cast<T*>(p.dx) + row * p.c_in + input, out, n, wide);
+      for (int i = 0; i < 8; i++) out[i] += p.residual == Residual::highway ? dy[i] * (1.f - g[i]) : dy[i];
     }
+    store_eight(static_cast<T*>(p.dx) + row * p.c_in + input, out, n, wide);
   };
 
   Accumulators<Tile> sums;
@@ -189,7 +186,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gated_conv_input_kernel(const 
   } else {
     sums.clear();
   }
-  visit_sums(sums, shared, use);
+  visit_sums<1>(sums, shared, use);
 }
 
 template <class Tile>

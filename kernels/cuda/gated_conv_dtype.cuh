@@ -1,6 +1,8 @@
 // The kernels of gated_conv1d for one dtype, and which tiles they use.
 #pragma once
 
+#include <type_traits>
+
 #include "gated_conv_backward.cuh"
 
 namespace pykernels::cuda {
@@ -14,22 +16,30 @@ struct GatedConvLaunchers {
 };
 extern const GatedConvLaunchers gated_conv_bfloat16, gated_conv_float16, gated_conv_float32, gated_conv_tf32;
 
-// Large for many rows, Small where the large ones would leave multiprocessors idle.
-template <class Large, class Small>
+// Large for many rows, Small where the large ones would leave multiprocessors idle. Hopper is for its own processors, or void.
+template <class Hopper, class Large, class Small>
 cudaError_t forward(const GatedConv& p, cudaStream_t stream) {
-  return fills_device(p.out_rows, (p.c_out + 31) / 32 * 64, Large::kRows, Large::kColumns) ? launch_forward<Large>(p, stream)
-                                                                                           : launch_forward<Small>(p, stream);
+  const int64_t columns = (p.c_out + 31) / 32 * 64;
+  if (!fills_device(p.out_rows, columns, Large::kRows, Large::kColumns)) return launch_forward<Small>(p, stream);
+  if constexpr (!std::is_void_v<Hopper>) {
+    if (is_hopper()) return launch_forward<Hopper>(p, stream);
+  }
+  return launch_forward<Large>(p, stream);
 }
-template <class Large, class Small>
+template <class Hopper, class Large, class Small>
 cudaError_t backward_input(const GatedConv& p, cudaStream_t stream) {
-  return p.c_in > Small::kColumns && fills_device(p.batch.rows, p.c_in, Large::kRows, Large::kColumns)
-             ? launch_backward_input<Large>(p, stream)
-             : launch_backward_input<Small>(p, stream);
+  if (p.c_in <= Small::kColumns || !fills_device(p.batch.rows, p.c_in, Large::kRows, Large::kColumns)) {
+    return launch_backward_input<Small>(p, stream);
+  }
+  if constexpr (!std::is_void_v<Hopper>) {
+    if (is_hopper()) return launch_backward_input<Hopper>(p, stream);
+  }
+  return launch_backward_input<Large>(p, stream);
 }
 
-template <class Large, class Small, class Weight>
+template <class Hopper, class Large, class Small, class Weight>
 constexpr GatedConvLaunchers launchers() {
-  return {forward<Large, Small>, launch_backward_gate<typename Large::Element>, backward_input<Large, Small>,
+  return {forward<Hopper, Large, Small>, launch_backward_gate<typename Large::Element>, backward_input<Hopper, Large, Small>,
           launch_backward_weight<Weight>};
 }
 

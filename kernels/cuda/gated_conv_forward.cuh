@@ -5,6 +5,7 @@
 #include "launch.cuh"
 #include "philox.cuh"
 #include "taps.cuh"
+#include "wgmma.cuh"
 
 namespace pykernels::cuda {
 
@@ -71,8 +72,8 @@ __device__ __forceinline__ void gate_eight(const GatedConv& p, const TapRow& pla
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads) gated_conv_forward_kernel(const __grid_constant__ GatedConv p, int column_tiles) {
   using T = typename Tile::Element;
-  static_assert(Tile::kGroups == 2);
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ char shared_memory[];
+  char* const shared = aligned_shared<Tile>(shared_memory);
   __shared__ TapRow rows[Tile::kRows];
   const int64_t row0 = int64_t(blockIdx.x / column_tiles) * Tile::kRows;
   const int64_t column0 = int64_t(blockIdx.x % column_tiles) * Tile::kColumns;
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gated_conv_forward_kernel(cons
   } else {
     sums.clear();
   }
-  visit_sums(sums, shared, use);
+  visit_sums<2>(sums, shared, use);
 }
 
 template <class Tile>

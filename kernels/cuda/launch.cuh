@@ -25,6 +25,19 @@ inline int64_t multiprocessors() {
   return count;
 }
 
+// Whether the device has Hopper's own instructions, and this library kernels of them: those of capability 9.0a run on 9.0 alone.
+inline bool is_hopper() {
+#if defined(PYKERNELS_SM90A)
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
+}
+
 // Whether tiles of rows x columns are enough to occupy most of the device. A result never depends on it.
 inline bool fills_device(int64_t rows, int64_t columns, int64_t tile_rows, int64_t tile_columns) {
   return ((rows + tile_rows - 1) / tile_rows) * ((columns + tile_columns - 1) / tile_columns) * 4 >= multiprocessors() * 3;

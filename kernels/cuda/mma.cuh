@@ -37,7 +37,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
 // eight rows below.
 struct Bfloat16Math {
   using Element = bfloat16;
-  static constexpr bool kTensorCores = true;
+  static constexpr bool kTensorCores = true, kBfloat16 = true;
   __device__ __forceinline__ static void prepare(uint32_t&) {}
   __device__ __forceinline__ static void multiply(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0,
                                                   uint32_t b1) {
@@ -49,7 +49,7 @@ struct Bfloat16Math {
 
 struct Float16Math {
   using Element = float16;
-  static constexpr bool kTensorCores = true;
+  static constexpr bool kTensorCores = true, kBfloat16 = false;
   __device__ __forceinline__ static void prepare(uint32_t&) {}
   __device__ __forceinline__ static void multiply(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0,
                                                   uint32_t b1) {

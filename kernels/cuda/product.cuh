@@ -9,15 +9,10 @@
 
 namespace pykernels::cuda {
 
-constexpr int kStepBytes = 64;
-
 __host__ __device__ __forceinline__ int64_t permuted_column(int64_t n) {
   const int in = int(n % 32), lane = in / 8, tile = in % 8 / 2;
   return n - in + tile * 8 + 2 * lane + in % 2;
 }
-
-// Where 16 bytes of a row of a stage lie: eight consecutive rows of one chunk fall into different banks.
-__device__ __forceinline__ uint32_t swizzled(int row, int chunk) { return uint32_t(row * kStepBytes + ((chunk ^ (row >> 1)) & 3) * 16); }
 
 template <class Math_, int kRows_, int kColumns_, int kWarpsDown, int kWarpsAcross, int kStages_>
 struct ProductTile {
@@ -28,13 +23,25 @@ struct ProductTile {
   static constexpr int kWarpRows = kRows / kWarpsDown, kWarpColumns = kColumns / kWarpsAcross;
   // A thread has rows lane / 4 + 8 * slot of its warp's, and of each group of 32 columns the eight from 8 (lane % 4) on.
   static constexpr int kSlots = kWarpRows / 8, kGroups = kWarpColumns / 32;
-  static constexpr int kPassRows = kThreads / 4;  // four threads copy a row
+  static constexpr bool kWarpgroups = false;
+  static constexpr int kStepBytes = 64, kRowThreads = 4, kPassRows = kThreads / kRowThreads;  // four threads copy a row
   static constexpr int kARows = kRows / kPassRows, kBRows = kColumns / kPassRows;
   static constexpr int kStageBytes = (kRows + kColumns) * kStepBytes;
   static constexpr int kPipelineBytes = kStages * kStageBytes, kResultBytes = kRows * kColumns * 4;
-  static constexpr int kSharedBytes = kPipelineBytes > kResultBytes ? kPipelineBytes : kResultBytes;
+  static constexpr int kAlignment = 128, kSharedBytes = (kPipelineBytes > kResultBytes ? kPipelineBytes : kResultBytes) + kAlignment;
   static_assert(kWarpRows % 16 == 0 && kWarpColumns % 32 == 0 && kRows % kPassRows == 0 && kColumns % kPassRows == 0);
+
+  // Where 16 bytes of a row of a stage lie: eight consecutive rows of one chunk fall into different banks.
+  __device__ __forceinline__ static uint32_t swizzled(int row, int chunk) {
+    return uint32_t(row * kStepBytes + ((chunk ^ (row >> 1)) & 3) * 16);
+  }
 };
+
+// Dynamic shared memory from where a tile may begin.
+template <class Tile>
+__device__ __forceinline__ char* aligned_shared(char* shared) {
+  return shared + (Tile::kAlignment - shared_address(shared) % Tile::kAlignment) % Tile::kAlignment;
+}
 
 template <class Tile>
 struct Accumulators {
@@ -54,8 +61,8 @@ struct Accumulators {
   // One stage: a and b are the shared addresses of its operands.
   __device__ __forceinline__ void multiply(uint32_t a, uint32_t b) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    a += (warp / Tile::kAcross) * Tile::kWarpRows * kStepBytes;
-    b += (warp % Tile::kAcross) * Tile::kWarpColumns * kStepBytes;
+    a += (warp / Tile::kAcross) * Tile::kWarpRows * Tile::kStepBytes;
+    b += (warp % Tile::kAcross) * Tile::kWarpColumns * Tile::kStepBytes;
     if constexpr (Tile::Math::kTensorCores) {
       multiply_fragments(a, b, lane);
     } else {
@@ -71,14 +78,14 @@ struct Accumulators {
       uint32_t fa[Tile::kSlots / 2][4];
 #pragma unroll
       for (int i = 0; i < Tile::kSlots / 2; i++) {
-        load_matrices(fa[i], a + swizzled(i * 16 + lane % 16, step * 2 + lane / 16));
+        load_matrices(fa[i], a + Tile::swizzled(i * 16 + lane % 16, step * 2 + lane / 16));
 #pragma unroll
         for (int e = 0; e < 4; e++) Math::prepare(fa[i][e]);
       }
 #pragma unroll
       for (int pair = 0; pair < Tile::kGroups * 2; pair++) {
         uint32_t fb[4];
-        load_matrices(fb, b + swizzled(pair * 16 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+        load_matrices(fb, b + Tile::swizzled(pair * 16 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
 #pragma unroll
         for (int e = 0; e < 4; e++) Math::prepare(fb[e]);
 #pragma unroll
@@ -104,12 +111,12 @@ struct Accumulators {
     for (int chunk = 0; chunk < 4; chunk++) {
       float4 fa[Tile::kSlots];
 #pragma unroll
-      for (int i = 0; i < Tile::kSlots; i++) fa[i] = load(a + swizzled(i * 8 + lane / 4, chunk));
+      for (int i = 0; i < Tile::kSlots; i++) fa[i] = load(a + Tile::swizzled(i * 8 + lane / 4, chunk));
 #pragma unroll
       for (int g = 0; g < Tile::kGroups; g++) {
 #pragma unroll
         for (int e = 0; e < 8; e++) {
-          const float4 fb = load(b + swizzled(g * 32 + e / 2 * 8 + lane % 4 * 2 + e % 2, chunk));
+          const float4 fb = load(b + Tile::swizzled(g * 32 + e / 2 * 8 + lane % 4 * 2 + e % 2, chunk));
 #pragma unroll
           for (int i = 0; i < Tile::kSlots; i++) {
             float& sum = c[i][g][e];
@@ -131,7 +138,7 @@ __device__ __forceinline__ void run_product(Accumulators<Tile>& sums, Source& so
   sums.clear();
 #pragma unroll
   for (int s = 0; s < Tile::kStages - 1; s++) {
-    if (s < steps) source.copy(base + s * Tile::kStageBytes, base + s * Tile::kStageBytes + Tile::kRows * kStepBytes);
+    if (s < steps) source.copy(base + s * Tile::kStageBytes, base + s * Tile::kStageBytes + Tile::kRows * Tile::kStepBytes);
     commit_copies();
   }
   int read = 0, write = Tile::kStages - 1;
@@ -139,10 +146,10 @@ __device__ __forceinline__ void run_product(Accumulators<Tile>& sums, Source& so
     wait_copies<Tile::kStages - 2>();
     __syncthreads();  // what all threads copied is there, and the stage to be overwritten has been read
     if (step + Tile::kStages - 1 < steps) {
-      source.copy(base + write * Tile::kStageBytes, base + write * Tile::kStageBytes + Tile::kRows * kStepBytes);
+      source.copy(base + write * Tile::kStageBytes, base + write * Tile::kStageBytes + Tile::kRows * Tile::kStepBytes);
     }
     commit_copies();
-    sums.multiply(base + read * Tile::kStageBytes, base + read * Tile::kStageBytes + Tile::kRows * kStepBytes);
+    sums.multiply(base + read * Tile::kStageBytes, base + read * Tile::kStageBytes + Tile::kRows * Tile::kStepBytes);
     read = read + 1 == Tile::kStages ? 0 : read + 1;
     write = write + 1 == Tile::kStages ? 0 : write + 1;
   }
@@ -150,17 +157,18 @@ __device__ __forceinline__ void run_product(Accumulators<Tile>& sums, Source& so
   __syncthreads();
 }
 
-// Calls use(row of the tile, column of the tile, v) with v[g] the eight sums from column + 32 g on. They go through shared memory, each
-// thread's own, so that the code of `use` exists once and not for each row.
-template <class Tile, class Use>
+// Calls use(row of the tile, column of the tile, v) with v[g] the eight sums from column + 32 g on, kTogether groups at a time. They go
+// through shared memory, each thread's own, so that the code of `use` exists once and not for each row.
+template <int kTogether, class Tile, class Use>
 __device__ __forceinline__ void visit_sums(const Accumulators<Tile>& sums, char* shared, Use use) {
+  static_assert(Tile::kGroups % kTogether == 0);
   float4* mine = reinterpret_cast<float4*>(shared) + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < Tile::kSlots; i++) {
 #pragma unroll
     for (int g = 0; g < Tile::kGroups; g++) {
       const float (&v)[8] = sums.c[i][g];
-      mine[((i * Tile::kGroups + g) * 2) * Tile::kThreads] = make_float4(v[0], v[1], v[2], v[3]);
+      mine[(i * Tile::kGroups + g) * 2 * Tile::kThreads] = make_float4(v[0], v[1], v[2], v[3]);
       mine[((i * Tile::kGroups + g) * 2 + 1) * Tile::kThreads] = make_float4(v[4], v[5], v[6], v[7]);
     }
   }
@@ -168,16 +176,15 @@ __device__ __forceinline__ void visit_sums(const Accumulators<Tile>& sums, char*
   const int row = warp / Tile::kAcross * Tile::kWarpRows + lane / 4;
   const int column = warp % Tile::kAcross * Tile::kWarpColumns + lane % 4 * 8;
 #pragma unroll 1
-  for (int i = 0; i < Tile::kSlots; i++) {
-    float v[Tile::kGroups][8];
+  for (int i = 0; i < Tile::kSlots * Tile::kGroups; i += kTogether) {
+    float v[kTogether][8];
 #pragma unroll
-    for (int g = 0; g < Tile::kGroups; g++) {
-      const float4 low = mine[((i * Tile::kGroups + g) * 2) * Tile::kThreads];
-      const float4 high = mine[((i * Tile::kGroups + g) * 2 + 1) * Tile::kThreads];
+    for (int g = 0; g < kTogether; g++) {
+      const float4 low = mine[(i + g) * 2 * Tile::kThreads], high = mine[((i + g) * 2 + 1) * Tile::kThreads];
       v[g][0] = low.x, v[g][1] = low.y, v[g][2] = low.z, v[g][3] = low.w;
       v[g][4] = high.x, v[g][5] = high.y, v[g][6] = high.z, v[g][7] = high.w;
     }
-    use(row + i * 8, column, v);
+    use(row + i / Tile::kGroups * 8, column + i % Tile::kGroups * 32, v);
   }
 }
 
