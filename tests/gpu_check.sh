@@ -14,7 +14,7 @@ USE_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} "$python" -
 "$python" -m pykernels.env | head -20
 
 step "tests"
-"$python" -m pytest -m cuda -q -x --maxfail=20 -p no:cacheprovider tests
+"$python" -m pytest -m cuda -q --maxfail=20 -p no:cacheprovider tests/test_*_cuda.py
 status=$?
 
 step "measurements"
