@@ -203,7 +203,8 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
     gated_conv_weight_kernel(const __grid_constant__ GatedConv p, int row_tiles, int column_tiles) {
   using T = typename Tile::Element;
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ char shared_memory[];
+  char* const shared = aligned_shared<Tile>(shared_memory);
   __shared__ RowWindow<Tile> window;
   const int64_t outputs = 2 * p.out_width;
   const int64_t row0 = int64_t(blockIdx.x % row_tiles) * Tile::kRows;

@@ -37,10 +37,18 @@ cudaError_t backward_input(const GatedConv& p, cudaStream_t stream) {
   return launch_backward_input<Large>(p, stream);
 }
 
-template <class Hopper, class Large, class Small, class Weight>
+template <class HopperWeight, class Weight>
+cudaError_t backward_weight(const GatedConv& p, cudaStream_t stream) {
+  if constexpr (!std::is_void_v<HopperWeight>) {
+    if (is_hopper() && p.in_width > Weight::kColumns) return launch_backward_weight<HopperWeight>(p, stream);
+  }
+  return launch_backward_weight<Weight>(p, stream);
+}
+
+template <class Hopper, class Large, class Small, class HopperWeight, class Weight>
 constexpr GatedConvLaunchers launchers() {
   return {forward<Hopper, Large, Small>, launch_backward_gate<typename Large::Element>, backward_input<Hopper, Large, Small>,
-          launch_backward_weight<Weight>};
+          backward_weight<HopperWeight, Weight>};
 }
 
 }  // namespace pykernels::cuda

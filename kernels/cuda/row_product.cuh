@@ -3,7 +3,7 @@
 // skipped.
 #pragma once
 
-#include "mma.cuh"
+#include "wgmma.cuh"
 
 namespace pykernels::cuda {
 
@@ -14,13 +14,14 @@ struct RowProductTile {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_;
   static constexpr int kThreads = 32 * kWarpsDown * kWarpsAcross, kAcross = kWarpsAcross;
   static constexpr int kWarpRows = kRows / kWarpsDown, kWarpColumns = kColumns / kWarpsAcross;
-  static constexpr bool kNarrow = sizeof(Element) == 2;
+  static constexpr bool kWarpgroups = false, kNarrow = sizeof(Element) == 2;
   static constexpr int kDepth = kNarrow ? 32 : 16;  // rows of a stage
   // 16-bit rows are swizzled, as ldmatrix reads them; of 32-bit rows four are read at a time, whose banks the padding sets apart.
   static constexpr int kPadding = kNarrow ? 0 : 32;
   static constexpr int kABytes = kRows * int(sizeof(Element)) + kPadding, kBBytes = kColumns * int(sizeof(Element)) + kPadding;
   static constexpr int kAChunks = kRows * int(sizeof(Element)) / 16, kBChunks = kColumns * int(sizeof(Element)) / 16;
-  static constexpr int kStageBytes = kDepth * (kABytes + kBBytes), kSharedBytes = kStages * kStageBytes;
+  static constexpr int kStageBytes = kDepth * (kABytes + kBBytes);
+  static constexpr int kAlignment = 128, kSharedBytes = kStages * kStageBytes + kAlignment;
   static constexpr int kTilesDown = kWarpRows / 16, kTilesAcross = kWarpColumns / 8;
   static_assert(kDepth * kAChunks % kThreads == 0 && kDepth * kBChunks % kThreads == 0 && kAChunks % 8 == 0 && kBChunks % 8 == 0);
   static_assert(Math::kTensorCores || (kWarpRows == 32 && kWarpColumns == 32));
@@ -31,15 +32,41 @@ struct RowProductTile {
   }
 };
 
+// The same for warpgroups of four warps, which make 64 rows each: blocks of 64 columns, swizzled as their instructions want it.
+template <class Math_, int kStages_>
+struct WarpgroupRowTile {
+  using Math = Math_;
+  using Element = typename Math::Element;
+  static constexpr bool kWarpgroups = true;
+  static constexpr int kRows = 128, kColumns = 128, kStages = kStages_, kThreads = 2 * kRows;
+  static constexpr int kDepth = 64, kBlockBytes = kDepth * 128;
+  static constexpr int kABytes = kRows * 2, kBBytes = kColumns * 2, kAChunks = kRows / 8, kBChunks = kColumns / 8;
+  static constexpr int kStageBytes = kDepth * (kABytes + kBBytes);
+  static constexpr int kAlignment = 1024, kSharedBytes = kStages * kStageBytes + kAlignment;
+
+  template <int kRowBytes>
+  __device__ __forceinline__ static uint32_t address(int row, int chunk) {
+    return uint32_t(chunk / 8 * kBlockBytes + row * 128 + (chunk % 8 ^ row % 8) * 16);
+  }
+};
+
 // The rows of the last steps: where each row of b begins, or null. Slots are reused after kStages + 1 steps.
 template <class Tile>
 struct RowWindow {
   static constexpr int kSlots = Tile::kStages + 1;
+  static constexpr int kWarps = (Tile::kDepth + 31) / 32;  // that look for rows
   const char* b[kSlots][Tile::kDepth];
-  int any[kSlots];
+  int found[kSlots][kWarps];
+
+  __device__ __forceinline__ bool any(int slot) const {
+    bool any = found[slot][0];
+#pragma unroll
+    for (int i = 1; i < kWarps; i++) any |= found[slot][i] != 0;
+    return any;
+  }
 };
 
-template <class Tile>
+template <class Tile, bool kWarpgroups = Tile::kWarpgroups>
 struct RowSums {
   // Tensor cores: fragments of 16 x 8. Else: 4 x 8 elements, in the first of them.
   static constexpr int kDown = Tile::Math::kTensorCores ? Tile::kTilesDown : 4, kAcross = Tile::Math::kTensorCores ? Tile::kTilesAcross : 2;
@@ -166,6 +193,40 @@ struct RowSums {
   }
 };
 
+template <class Tile>
+struct RowSums<Tile, true> {
+  float c[2][4][8];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < 64; i++) c[i / 32][i / 8 % 4][i % 8] = 0.f;
+  }
+
+  // Waits for its products: ptxas would serialise those that are under way across the branch around this.
+  __device__ __forceinline__ void multiply(const char* a, const char* b) {
+    const uint64_t from_a = operand_descriptor(shared_address(a) + threadIdx.x / 128 * Tile::kBlockBytes, Tile::kBlockBytes);
+    const uint64_t from_b = operand_descriptor(shared_address(b), Tile::kBlockBytes);
+    warpgroup_begin();
+#pragma unroll
+    for (int k = 0; k < Tile::kDepth / 16; k++) {
+      constexpr int kBytes = 16 * 128;
+      warpgroup_multiply<typename Tile::Math, true>(c, from_a + k * (kBytes >> 4), from_b + k * (kBytes >> 4));
+    }
+    warpgroup_commit();
+    warpgroup_wait(*this);
+  }
+
+  template <class Use>
+  __device__ __forceinline__ void visit(Use use) const {
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+      for (int t = 0; t < 16; t++) use(row + i * 8, column + t * 8, c[i][t / 4][t % 4 * 2], c[i][t / 4][t % 4 * 2 + 1]);
+    }
+  }
+};
+
 // Sums over rows [begin, end). a_row(r) is where row r of a begins; b_row(r) where that of b does, or null where the row adds nothing.
 // a_bytes and b_bytes, multiples of 16, are what there is of a row from the tile's first element on.
 template <class Tile, class ARow, class BRow>
@@ -174,17 +235,18 @@ __device__ __forceinline__ void run_row_product(RowSums<Tile>& sums, int64_t beg
   constexpr int kStages = Tile::kStages, kSlots = RowWindow<Tile>::kSlots;
   const int64_t steps = (end - begin + Tile::kDepth - 1) / Tile::kDepth;
   const uint32_t base = shared_address(shared);
-  const auto find = [&](int64_t step) {  // by the first warp
+  constexpr int kFinders = 32 * RowWindow<Tile>::kWarps;
+  const auto find = [&](int64_t step) {  // by the first warps
     const int64_t row = begin + step * Tile::kDepth + threadIdx.x;
     const char* from = threadIdx.x < Tile::kDepth && row < end ? b_row(row) : nullptr;
     const int slot = int(step % kSlots);
     if (threadIdx.x < Tile::kDepth) window.b[slot][threadIdx.x] = from;
-    const bool any = __any_sync(0xffffffffu, from != nullptr);
-    if (threadIdx.x == 0) window.any[slot] = any;
+    const bool found = __any_sync(0xffffffffu, from != nullptr);
+    if (threadIdx.x % 32 == 0) window.found[slot][threadIdx.x / 32] = found;
   };
   const auto copy = [&](int64_t step, int stage) {
     const int slot = int(step % kSlots);
-    if (!window.any[slot]) return;
+    if (!window.any(slot)) return;
     const uint32_t a = base + stage * Tile::kStageBytes, b = a + Tile::kDepth * Tile::kABytes;
 #pragma unroll
     for (int i = 0; i < Tile::kDepth * Tile::kAChunks / Tile::kThreads; i++) {
@@ -203,7 +265,7 @@ __device__ __forceinline__ void run_row_product(RowSums<Tile>& sums, int64_t beg
   };
 
   sums.clear();
-  if (threadIdx.x < 32) {
+  if (threadIdx.x < kFinders) {
     for (int s = 0; s < kStages; s++) find(s);
   }
   __syncthreads();
@@ -215,11 +277,12 @@ __device__ __forceinline__ void run_row_product(RowSums<Tile>& sums, int64_t beg
   int read = 0, write = kStages - 1;
   for (int64_t step = 0; step < steps; step++) {
     wait_copies<kStages - 2>();
+    if constexpr (Tile::kWarpgroups) warpgroup_publish();
     __syncthreads();
-    if (threadIdx.x < 32) find(step + kStages);
+    if (threadIdx.x < kFinders) find(step + kStages);
     copy(step + kStages - 1, write);
     commit_copies();
-    if (window.any[step % kSlots]) {
+    if (window.any(int(step % kSlots))) {
       const char* stage = shared + read * Tile::kStageBytes;
       sums.multiply(stage, stage + Tile::kDepth * Tile::kABytes);
     }

@@ -24,20 +24,22 @@ struct WarpgroupTile {
   __device__ __forceinline__ static uint32_t swizzled(int row, int chunk) { return uint32_t(row * kStepBytes + (chunk ^ (row & 7)) * 16); }
 };
 
-// Where an operand of rows of 128 bytes begins: blocks of eight rows follow each other.
-__device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
+// Where an operand of rows of 128 bytes begins: blocks of eight rows follow each other. Where the sum is over rows, `across` bytes lie
+// between 64 columns and the next.
+__device__ __forceinline__ uint64_t operand_descriptor(uint32_t address, uint32_t across = 16) {
   constexpr uint64_t kSwizzle128 = 1ull << 62, kBlockBytes = 8 * 128;
-  return kSwizzle128 | (kBlockBytes >> 4) << 32 | 1ull << 16 | (address & 0x3ffff) >> 4;
+  return kSwizzle128 | (kBlockBytes >> 4) << 32 | uint64_t(across >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define PYKERNELS_WARPGROUP_SUMS(t) \
   "+f"(c[0][t / 4][t % 4 * 2]), "+f"(c[0][t / 4][t % 4 * 2 + 1]), "+f"(c[1][t / 4][t % 4 * 2]), "+f"(c[1][t / 4][t % 4 * 2 + 1])
-#define PYKERNELS_WARPGROUP_PRODUCT(types)                                                                                                \
+#define PYKERNELS_WARPGROUP_PRODUCT(types, transposed)                                                                                    \
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                                                       \
                " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "    \
                "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
-               "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 0;"                     \
+               "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, " transposed               \
+               ", " transposed ";"                                                                                                        \
                : PYKERNELS_WARPGROUP_SUMS(0), PYKERNELS_WARPGROUP_SUMS(1), PYKERNELS_WARPGROUP_SUMS(2), PYKERNELS_WARPGROUP_SUMS(3),      \
                  PYKERNELS_WARPGROUP_SUMS(4), PYKERNELS_WARPGROUP_SUMS(5), PYKERNELS_WARPGROUP_SUMS(6), PYKERNELS_WARPGROUP_SUMS(7),      \
                  PYKERNELS_WARPGROUP_SUMS(8), PYKERNELS_WARPGROUP_SUMS(9), PYKERNELS_WARPGROUP_SUMS(10), PYKERNELS_WARPGROUP_SUMS(11),    \
@@ -45,14 +47,19 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
                : "l"(a), "l"(b))
 #endif
 
-// c += the product of 64 rows, 128 columns and 16 of k; the warpgroup does other things meanwhile.
-template <class Math>
+// c += the product of 64 rows, 128 columns and 16 of k; the warpgroup does other things meanwhile. kOverRows: the operands are contiguous
+// along rows and columns instead of k.
+template <class Math, bool kOverRows>
 __device__ __forceinline__ void warpgroup_multiply(float (&c)[2][4][8], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (sizeof(typename Math::Element) == 2 && Math::kBfloat16) {
-    PYKERNELS_WARPGROUP_PRODUCT("bf16.bf16");
+  if constexpr (Math::kBfloat16 && kOverRows) {
+    PYKERNELS_WARPGROUP_PRODUCT("bf16.bf16", "1");
+  } else if constexpr (Math::kBfloat16) {
+    PYKERNELS_WARPGROUP_PRODUCT("bf16.bf16", "0");
+  } else if constexpr (kOverRows) {
+    PYKERNELS_WARPGROUP_PRODUCT("f16.f16", "1");
   } else {
-    PYKERNELS_WARPGROUP_PRODUCT("f16.f16");
+    PYKERNELS_WARPGROUP_PRODUCT("f16.f16", "0");
   }
 #endif
 }
@@ -111,7 +118,7 @@ __device__ __forceinline__ void run_product(Accumulators<WarpgroupTile<Math, kRo
     const uint64_t a = operand_descriptor(stage + a_offset), b = operand_descriptor(stage + b_offset);
     warpgroup_begin();
 #pragma unroll
-    for (int k = 0; k < Tile::kStepBytes / 32; k++) warpgroup_multiply<Math>(sums.c, a + k * 2, b + k * 2);
+    for (int k = 0; k < Tile::kStepBytes / 32; k++) warpgroup_multiply<Math, false>(sums.c, a + k * 2, b + k * 2);
     warpgroup_commit();
     if (step + kStages - 1 < steps) source.copy(base + write * Tile::kStageBytes, base + write * Tile::kStageBytes + b_offset);
     commit_copies();
