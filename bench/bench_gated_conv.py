@@ -342,15 +342,14 @@ def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
         wanted = (OURS, "eager", "shifted matmul", GEMM)
     else:
         wanted = (OURS, PREPACKED, "eager", "shifted matmul", GEMM, GEMM_T)
+    expression = partial(eager, shape)
     with torch.no_grad():
-        variants = {name: call for name, call in forward_variants(problem).items() if name in wanted and call}
-        compiled = torch.compile(partial(eager, shape), dynamic=False)
-        compiled(**problem.inputs)
-        yield on_cuda.Group("forward", variants | {"torch.compile": partial(compiled, **problem.inputs)}, shape.flops)
-    variants = {name: call for name, call in training_variants(problem).items() if call and name != DROPOUT}
-    compiled_training = _training(torch.compile(partial(eager, shape), dynamic=False), problem)
-    compiled_training()
-    yield on_cuda.Group("forward + backward", variants | {"torch.compile": compiled_training}, 3 * shape.flops)
+        variants = {name: call for name, call in forward_variants(problem).items() if name in wanted}
+        variants["torch.compile"] = on_cuda.compiled(expression, lambda f: partial(f, **problem.inputs))
+        yield on_cuda.Group("forward", variants, shape.flops)
+    variants = {name: call for name, call in training_variants(problem).items() if name != DROPOUT}
+    variants["torch.compile"] = on_cuda.compiled(expression, lambda f: _training(f, problem))
+    yield on_cuda.Group("forward + backward", variants, 3 * shape.flops)
     if shape in QUICK_SHAPES and shape.B > 1:
         yield on_cuda.Group("forward, half of it padding", _padded_on_cuda(problem), shape.flops)
 

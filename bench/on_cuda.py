@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from .harness import Call
-from .jobs import GateFailure
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDS, GRAPH_SECONDS, WARM_UP = 15, 0.001, 3
@@ -24,21 +23,33 @@ ROUNDS, GRAPH_SECONDS, WARM_UP = 15, 0.001, 3
 
 @dataclass(frozen=True)
 class Group:
-    """Variants measured together; flops of one call."""
+    """Variants measured together, those that are not None; flops of one call."""
 
     title: str
-    variants: Mapping[str, Call]
+    variants: Mapping[str, Call | None]
     flops: float
 
 
 @dataclass(frozen=True)
 class Case:
-    """One case and dtype. groups() checks first and raises GateFailure."""
+    """One case and dtype. groups() checks first and raises what is wrong."""
 
     operator: str
     name: str
     dtype: str
     groups: Callable[[], Iterator[Group]]
+
+
+def compiled(function: Callable, bind: Callable[[Callable], Call]) -> Call | None:
+    """bind(torch.compile(function)), compiled now; None, and a line that says why, where that fails."""
+    torch._dynamo.reset()
+    try:
+        call = bind(torch.compile(function, dynamic=False))
+        call()
+    except Exception as error:
+        print(f"  torch.compile failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}", flush=True)
+        return None
+    return call
 
 
 def _events(run: Call) -> float:
@@ -77,8 +88,9 @@ def _captured(call: Call) -> tuple[Call, int]:
     return graph.replay, count
 
 
-def measure(variants: Mapping[str, Call]) -> dict[str, tuple[float, float]]:
+def measure(group: Group) -> dict[str, tuple[float, float]]:
     """Seconds by variant: of the device, and as called. NaN of the device where a call cannot be captured."""
+    variants = {name: call for name, call in group.variants.items() if call is not None}
     replays: dict[str, tuple[Call, int]] = {}
     for name, call in variants.items():
         try:
@@ -113,15 +125,15 @@ def run(cases: Iterable[Case]) -> int:
         torch.backends.cudnn.allow_tf32 = case.dtype == "tf32"
         try:
             for group in case.groups():
-                times = measure(group.variants)
+                times = measure(group)
                 ours = next(iter(times.values()))[0]
                 print(f"  {group.title}")
                 for name, (device, called) in times.items():
                     rate = group.flops / device * 1e-12
                     columns = f"{device * 1e6:9.1f} ({called * 1e6:8.1f}) {device / ours:7.2f} {rate:8.1f}"
                     print(f"    {name:24}{columns}", flush=True)
-        except GateFailure as failure:
-            print(f"  FAILED: {failure}", flush=True)
+        except Exception as failure:  # GateFailure, or what one case alone runs into
+            print(f"  FAILED: {type(failure).__name__}: {failure}", flush=True)
             failures += 1
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
