@@ -268,18 +268,6 @@ def test_auto_takes_the_cuda_kernels_and_float64_the_reference() -> None:
         gated_conv1d(torch.zeros(1, 2, 4), torch.zeros(8, 4, 1), backend="cuda")
 
 
-def test_errors_name_the_argument() -> None:
-    x, weight = torch.zeros(2, 9, 4, device="cuda"), torch.zeros(8, 4, 3, device="cuda")
-    for error, message, options in [
-        (ValueError, "^weight: expected a tensor on cuda", {"weight": weight.cpu()}),
-        (TypeError, "^weight: expected .*like x", {"weight": weight.half()}),
-        (ValueError, "^mask: expected shape", {"mask": torch.ones(2, 8, device="cuda", dtype=torch.bool)}),
-        (TypeError, "^lengths: expected int32 or int64", {"lengths": torch.ones(2, device="cuda")}),
-    ]:
-        with pytest.raises(error, match=message):
-            gated_conv1d(x, options.pop("weight", weight), **options)
-
-
 def test_module_prepacked_and_compiled() -> None:
     """A module's packed weights, autocast, torch.compile without graph breaks."""
     module = GatedConv1d(40, 40, 3, dilation=2).cuda().eval()
@@ -309,3 +297,27 @@ def test_large_tiles(dtype: str) -> None:
         Case(B=300, L=60, C_in=256, C_out=256, rows="mask", padding="valid", K=2, cond="all"),
     ):
         check_case(case, dtype, problem_by_gpu)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (TypeError, "^weight: expected .*like x", lambda: {"weight": torch.zeros(8, 4, 3, device="cuda").half()}),
+        (ValueError, "^mask: expected shape", lambda: {"mask": torch.ones(2, 8, device="cuda", dtype=torch.bool)}),
+        (TypeError, "^lengths: expected int32 or int64", lambda: {"lengths": torch.ones(2, device="cuda")}),
+        (ValueError, "^weight: expected a tensor on cuda", lambda: {"weight": torch.zeros(8, 4, 3)}),
+        (ValueError, "^cond: expected a tensor on cuda", lambda: {"cond": torch.zeros(2, 1, 8)}),
+    ],
+)
+def test_errors_name_the_argument(error: type, message: str, change: Callable[[], dict[str, Tensor]]) -> None:
+    tensors = {"x": torch.zeros(2, 9, 4, device="cuda"), "weight": torch.zeros(8, 4, 3, device="cuda")}
+    with pytest.raises(error, match=message):
+        gated_conv1d(**tensors | change())
+
+
+def test_masks_and_lengths_may_be_on_the_cpu() -> None:
+    """They are brought to x's device."""
+    for rows in ("mask", "lengths", "packed"):
+        p = problem(Case(rows=rows, C_in=8, C_out=8), torch.float32)
+        got = evaluate(on("cuda", p.inputs), None, **p.options, backend="cuda")["y"]
+        assert torch.equal(got.cpu(), run(p.inputs, None, **p.options)["y"])
