@@ -18,5 +18,6 @@ step "tests"
 status=$? # a crash of the tests does not keep the measurements
 
 step "measurements"
-"$python" -m bench gated_conv --device cuda --quick
+"$python" -m bench gated_conv --device cuda --quick --dtype bf16
+"$python" -m bench gated_conv --device cuda --quick --dtype fp32 --case "B64 L512"
 exit "$status"
