@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
@@ -29,6 +30,7 @@ examples:
   python -m bench --threads 1 --case "B1 L512"       the cases with this text in their name, one thread
   python -m bench --json now.json --plot now.png     all numbers, and a picture
   python -m bench --tier avx2                        our AVX2 kernels, torch held to AVX2 as well
+  python -m bench gated_conv --device cuda --quick   the GPU: CUDA kernels against eager, compiled and bare GEMMs
 
 exit codes:
   0    every case passed its correctness gate (a missed bar is reported, and changes nothing here)
@@ -78,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", action="store_true", help="print the cases that would be measured, and end")
     p.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     p.add_argument("--tier", choices=BASELINE_CAPS, help="our kernels of this tier, torch held to its instructions")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure (default cpu)")
     p.add_argument("--json", type=_writable, metavar="F", help="write all numbers to this file")
     p.add_argument("--plot", type=_writable, metavar="F.png", help="write a picture to this file (needs matplotlib)")
     return p
@@ -85,6 +88,29 @@ def parser() -> argparse.ArgumentParser:
 
 def _settings(tier: str) -> dict[str, str]:
     return {"PYKERNELS_CPU_TIER": tier, **BASELINE_CAPS[tier]}
+
+
+def _on_cuda(p: argparse.ArgumentParser, args: argparse.Namespace, modules: list[str]) -> int:
+    """The cases of those bench files that have some for a GPU."""
+    if args.tier or args.json or args.plot or args.threads:
+        p.error("--device cuda: goes with --dtype, --case, --list and --quick alone")
+    import torch
+
+    from . import on_cuda
+
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        p.error("--device cuda: needs a GPU and a torch that is built for it")
+    dtypes = [name for name in on_cuda.DTYPES if args.dtype is None or name.replace("tf32", "fp32") in args.dtype]
+    found = [importlib.import_module(name) for name in modules]
+    able = [module for module in found if hasattr(module, "cuda_cases")]
+    cases = [case for module in able for case in module.cuda_cases(dtypes, args.quick)]
+    todo = [case for case in cases if args.case is None or args.case in case.name]
+    if not todo:
+        p.error("--device cuda: no case of these operators and this text")
+    if args.list:
+        print("\n".join(f"{case.operator}  {case.dtype}  {case.name}" for case in todo))
+        return 0
+    return on_cuda.run(todo)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -98,6 +124,9 @@ def main(argv: Sequence[str]) -> int:
         p.error("--plot needs matplotlib: pip install matplotlib")
     if args.tier and any(os.environ.get(name) != value for name, value in _settings(args.tier).items()):
         os.execve(sys.executable, [sys.executable, "-m", "bench", *argv], os.environ | _settings(args.tier))
+
+    if args.device == "cuda":
+        return _on_cuda(p, args, [known[name] for name in args.operator or known])
 
     try:
         # Not above: it loads torch, which reads the settings of --tier.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
@@ -14,7 +14,7 @@ from torch import Tensor
 import pykernels
 from pykernels import _extension
 
-from . import first_call, gate
+from . import first_call, gate, on_cuda
 from .gated_conv_baselines import BareGemm, Problem, Shape, eager, eager_masked, eager_step, shifted_matmul
 from .harness import OURS, Bar, Call
 from .jobs import GateFailure, Job, Options, Result, Session
@@ -52,6 +52,8 @@ SHAPES = (
 )
 QUICK_SHAPES = (replace(HEAD, dilation=4), MIDDLE, LATENCY, VOICE)
 STEP = Shape(3200, 1, 24, 24, 2, 64, residual="none", value_act="tanh")
+# What fills a large GPU, a wide one, and what is over before one is awake.
+CUDA_QUICK_SHAPES = (replace(HEAD, dilation=4), Shape(64, 512, 512, 512, 3, 2), MIDDLE, LATENCY)
 QUICK_BATCH = Shape(32, 256, 128, 128, 3, 1)
 TINY = Shape(1, 2, 4, 4, 3, 1)
 VARYING = Shape(4, 256, 128, 128, 3, 2)
@@ -65,7 +67,7 @@ def ours(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor, cond: Tensor | N
 
 def _prepacked(problem: Problem) -> Callable[[], Tensor]:
     s = problem.shape
-    module = pykernels.GatedConv1d(s.C_in, s.C_out, s.K, **s.form).to(problem.dtype)
+    module = pykernels.GatedConv1d(s.C_in, s.C_out, s.K, **s.form).to(problem.device, problem.dtype)
     module.load_state_dict({"weight": problem.weight, "bias": problem.bias})
     module.eval().prepack()
     return partial(module, problem.x, cond=problem.cond)
@@ -144,7 +146,7 @@ def training_bars(dtype: str, tier: str | None) -> list[Bar]:
 
 def forward_variants(problem: Problem) -> dict[str, Call | None]:
     s, inputs = problem.shape, problem.inputs
-    gemm = BareGemm(s, problem.dtype)
+    gemm = BareGemm(s, problem.dtype, problem.device)
     return {
         OURS: partial(ours, s, **inputs),
         PREPACKED: _prepacked(problem),
@@ -164,7 +166,7 @@ def training_variants(problem: Problem) -> dict[str, Call | None]:
         DROPOUT: _training(partial(ours, s, gate_dropout=0.1, training=True), problem),
         "eager": _training(partial(eager, s), problem),
         "shifted matmul": _training(partial(shifted_matmul, s), problem),
-        GEMM: BareGemm(s, problem.dtype).training,
+        GEMM: BareGemm(s, problem.dtype, problem.device).training,
     }
 
 
@@ -331,6 +333,45 @@ def run_first_call(session: Session, result: Result) -> None:
     for who in (OURS, "eager"):
         session.tick(f"a fresh process for {who}")
         result.stages[who] = first_call.measure("gated_conv", who, result.dtype, session.options.threads)
+
+
+def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
+    problem = Problem(shape, dtype, "cuda")
+    check(problem)
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        wanted = (OURS, "eager", "shifted matmul", GEMM)
+    else:
+        wanted = (OURS, PREPACKED, "eager", "shifted matmul", GEMM, GEMM_T)
+    expression = partial(eager, shape)
+    with torch.no_grad():
+        variants = {name: call for name, call in forward_variants(problem).items() if name in wanted}
+        variants["torch.compile"] = on_cuda.compiled(expression, lambda f: partial(f, **problem.inputs))
+        yield on_cuda.Group("forward", variants, shape.flops)
+    variants = {name: call for name, call in training_variants(problem).items() if name != DROPOUT}
+    variants["torch.compile"] = on_cuda.compiled(expression, lambda f: _training(f, problem))
+    yield on_cuda.Group("forward + backward", variants, 3 * shape.flops)
+    if shape in QUICK_SHAPES and shape.B > 1:
+        yield on_cuda.Group("forward, half of it padding", _padded_on_cuda(problem), shape.flops)
+
+
+def _padded_on_cuda(problem: Problem) -> dict[str, Call]:
+    shape, lengths = problem.shape, _half_lengths(problem.shape).cuda()
+    call = partial(ours, shape, **problem.inputs)
+
+    def without_gradients(**options: Tensor) -> Call:
+        return torch.no_grad()(partial(call, **options))
+
+    mask = torch.arange(shape.L, device="cuda") < lengths[:, None]
+    return {OURS: without_gradients(), LENGTHS: without_gradients(lengths=lengths), MASK: without_gradients(mask=mask)}
+
+
+def cuda_cases(dtypes: Sequence[str], quick: bool) -> list[on_cuda.Case]:
+    shapes = CUDA_QUICK_SHAPES if quick else (*CUDA_QUICK_SHAPES, *SHAPES)
+    return [
+        on_cuda.Case(NAME, shape.name, dtype, partial(_on_cuda, shape, on_cuda.DTYPES[dtype]))
+        for dtype in dtypes
+        for shape in dict.fromkeys(shapes)
+    ]
 
 
 def jobs(options: Options) -> list[Job]:

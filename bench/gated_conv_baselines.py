@@ -61,6 +61,7 @@ class Problem:
 
     shape: Shape
     dtype: torch.dtype
+    device: str = "cpu"
     x: Tensor = field(init=False)
     weight: Tensor = field(init=False)
     bias: Tensor = field(init=False)
@@ -72,7 +73,7 @@ class Problem:
         generator = torch.Generator().manual_seed(20)
 
         def normal(*sizes: int, scale: float = 1.0) -> Tensor:
-            return torch.randn(*sizes, generator=generator).mul_(scale).to(self.dtype)
+            return torch.randn(*sizes, generator=generator).mul_(scale).to(self.device, self.dtype)
 
         self.x = normal(s.B, s.L, s.C_in)
         self.weight = normal(2 * s.C_out, s.C_in, s.K, scale=(s.K * s.C_in) ** -0.5)
@@ -134,11 +135,11 @@ class BareGemm:
     ``forward_transposed`` keeps the weight as nn.Linear does, which for some dtypes and processors is another speed.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(21)
 
         def normal(*sizes: int) -> Tensor:
-            return torch.randn(*sizes, generator=generator).to(dtype)
+            return torch.randn(*sizes, generator=generator).to(device, dtype)
 
         self.a = normal(shape.rows, shape.K * shape.C_in)
         self.w = normal(shape.K * shape.C_in, 2 * shape.C_out)

@@ -9,9 +9,7 @@ namespace {
 
 // int32 or int64 indices as a vector, whatever their stride.
 std::vector<int64_t> integers(const char* name, const at::Tensor& t, int64_t count) {
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kInt || t.scalar_type() == at::kLong, name, ": expected int32 or int64, got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.dim() == 1 && (count < 0 || t.size(0) == count), name, ": expected shape [",
-                    count < 0 ? "B + 1" : std::to_string(count), "], got ", t.sizes());
+  check_indices(name, t, count);
   const at::Tensor longs = t.to(at::kLong).contiguous();
   const int64_t* p = longs.const_data_ptr<int64_t>();
   return {p, p + longs.numel()};
@@ -41,6 +39,19 @@ void check_shape(const char* name, const OptionalTensor& t, at::IntArrayRef shap
 
 void check_one_of(const OptionalTensor& mask, const OptionalTensor& lengths, const OptionalTensor& cu_seqlens) {
   TORCH_CHECK_VALUE(!mask + !lengths + !cu_seqlens >= 2, "mask, lengths, cu_seqlens: expected at most one of them, got several");
+}
+
+void check_indices(const char* name, const at::Tensor& t, int64_t count) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kInt || t.scalar_type() == at::kLong, name, ": expected int32 or int64, got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.dim() == 1 && (count < 0 || t.size(0) == count), name, ": expected shape [",
+                    count < 0 ? "B + 1" : std::to_string(count), "], got ", t.sizes());
+}
+
+void check_mask(const at::Tensor& mask, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(!mask.is_floating_point() && !mask.is_complex(),
+                   "mask: expected bool or 0/1 integers (True = keep; additive masks are not accepted), got ", mask.scalar_type());
+  TORCH_CHECK_VALUE(mask.dim() == 2 && mask.size(0) == x.size(0) && mask.size(1) == x.size(1), "mask: expected shape [", x.size(0), ", ",
+                    x.size(1), "], got ", mask.sizes());
 }
 
 bool float32_allows_bf16() {
@@ -73,10 +84,7 @@ std::vector<Sequence> sequences_of(const at::Tensor& x, const OptionalTensor& ma
   }
   const uint8_t* bytes = nullptr;
   if (mask) {
-    TORCH_CHECK_TYPE(!mask->is_floating_point() && !mask->is_complex(),
-                     "mask: expected bool or 0/1 integers (True = keep; additive masks are not accepted), got ", mask->scalar_type());
-    TORCH_CHECK_VALUE(mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length, "mask: expected shape [", batch, ", ", length,
-                      "], got ", mask->sizes());
+    check_mask(*mask, x);
     if (mask->scalar_type() != at::kBool) {
       TORCH_CHECK_VALUE(mask->eq(0).logical_or_(mask->eq(1)).all().item<bool>(), "mask: expected only 0 and 1, got other integers");
     }

@@ -32,6 +32,10 @@ inline CpuTier tier_for(Dtype dtype) { return dtype == Dtype::float64 ? CpuTier:
 // dtype and device of x, where the tensor is there.
 void check_like(const char* name, const OptionalTensor& t, const at::Tensor& x);
 void check_shape(const char* name, const OptionalTensor& t, at::IntArrayRef shape);
+// int32 or int64 [count]; count < 0: of any length.
+void check_indices(const char* name, const at::Tensor& t, int64_t count);
+// dtype and shape of a mask of x [B, L, ...].
+void check_mask(const at::Tensor& mask, const at::Tensor& x);
 void check_one_of(const OptionalTensor& mask, const OptionalTensor& lengths, const OptionalTensor& cu_seqlens);
 
 // float32 tensors may be multiplied in bf16 where PyTorch's own setting says so; "high" means float32 here.

@@ -42,7 +42,7 @@ class Backend(NamedTuple):
 
 
 def _on_cpu() -> dict[str, Backend]:
-    """An operator with CPU kernels for all floating dtypes; in the order in which "auto" tries them."""
+    """An operator with CPU kernels alone, for all floating dtypes; in the order in which "auto" tries them."""
     return {
         "cpu": Backend(("cpu",), FLOATS, _NO_EXTENSION),
         "cuda": Backend(("cuda",), (), _NOT_BUILT.format("CUDA")),
@@ -53,6 +53,7 @@ def _on_cpu() -> dict[str, Backend]:
 
 _NAMES = ("attention_pool", "gated_conv1d", "lora_linear")
 OPERATORS: dict[str, dict[str, Backend]] = {name: _on_cpu() for name in _NAMES}
+OPERATORS["gated_conv1d"]["cuda"] = Backend(("cuda",), FLOATS[:3], _extension.cuda_reason or "")
 
 
 def _known(name: str | None, source: str) -> str:

@@ -1,7 +1,8 @@
 """Loads the compiled extension, or tells why there is none.
 
-    _C       the module, or None
-    reason   why there is none (None if there is one)
+    _C           the module, or None
+    reason       why there is none (None if there is one)
+    cuda_reason  why the CUDA kernels are not there (None if they are)
 
 A library built for another torch may load and then misbehave, so the torch it was built for (in `_build.py`, written by
 setup.py) is compared before the library is opened.
@@ -14,6 +15,7 @@ import importlib
 import os
 import sysconfig
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -46,8 +48,22 @@ def _apply_tier(extension: ModuleType) -> None:
             raise RuntimeError(f"PYKERNELS_CPU_TIER: {error}") from None
 
 
+def _load_cuda() -> str | None:
+    """Registers the CUDA kernels beside _C's operators; needs no GPU. Returns why it could not."""
+    if _C is None:
+        return f"pykernels has no compiled extension: {reason}"
+    if not importlib.import_module("pykernels._build").CUDA_ARCHS:
+        return "not built: this pykernels was built without CUDA kernels (USE_CUDA=1 tells why)"
+    try:
+        torch.ops.load_library(str(Path(__file__).parent / "_cuda.so"))
+    except OSError as error:
+        return f"the CUDA library does not load: {error}"
+    return None
+
+
 _C, reason = _load()
 if _C is not None:
     _apply_tier(_C)
 else:
     warnings.warn(f"pykernels has no compiled extension and uses the reference backend: {reason}", stacklevel=2)
+cuda_reason = _load_cuda()

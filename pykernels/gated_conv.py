@@ -322,9 +322,12 @@ def gated_conv1d(
         backend: "reference", "cpu", "cuda", "triton", or "auto"; None: what `set_backend` or PYKERNELS_BACKEND says.
 
     Returns [B, L', C_out] or [T, C_out] in x's dtype, contiguous. Masked rows are exact zeros and get zero gradients,
-    whatever they hold. Equal inputs give equal bits on the CPU kernels, with any number of threads. Double backward
-    works at the speed of plain PyTorch; torch.vmap and forward-mode differentiation are refused. Under torch.export,
-    torch.jit.trace and ONNX export plain PyTorch operators are emitted.
+    whatever they hold. Equal inputs give equal bits on the compiled kernels, with any number of threads. On CUDA the
+    values of mask, lengths and cu_seqlens are not checked, since the call would have to wait for them: what lies
+    outside is cut off. float32 products are made in tf32 there where PyTorch's setting for CUDA matrix products says so
+    (torch.backends.cuda.matmul). Double backward works at the speed of plain PyTorch; torch.vmap and forward-mode
+    differentiation are refused. Under torch.export, torch.jit.trace and ONNX export plain PyTorch operators are
+    emitted.
 
     Raises TypeError for types and dtypes, ValueError for values, RuntimeError for a named backend that cannot serve.
     """

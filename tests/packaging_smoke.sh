@@ -46,6 +46,7 @@ editable/bin/pip install --quiet -e sources
 use editable
 
 step "wheel, into another environment with torch $old"
+export USE_CUDA=0 # once is enough
 editable/bin/pip wheel --quiet --no-deps --wheel-dir dist ./sources
 "$python" -m venv wheel
 wheel/bin/pip install --quiet "torch==$old" dist/pykernels-*.whl

@@ -14,7 +14,7 @@ cxx=${CXX:-c++}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 
-PYKERNELS_SANITIZE=address,undefined "$python" -m pip install --quiet --no-deps --target "$site" "$root"
+USE_CUDA=0 PYKERNELS_SANITIZE=address,undefined "$python" -m pip install --quiet --no-deps --target "$site" "$root"
 
 # Tests run from a copy beside the sanitized package: pytest puts its root folder first on the import path.
 cp -r "$root/tests" "$root/bench" "$root/pyproject.toml" "$root/README.md" "$site"

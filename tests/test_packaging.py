@@ -261,7 +261,7 @@ def fake_tools(tmp_path: Path) -> Path:
 echo "$*" >> {folder}/log
 [ "$1" = --build ] || exit 0
 mkdir -p "$2"
-[ -e "$2/_C{SUFFIX}" ] || echo "$2" > "$2/_C{SUFFIX}"
+for library in _C{SUFFIX} _cuda.so; do [ -e "$2/$library" ] || echo "$2" > "$2/$library"; done
 """)
     for tool in folder.iterdir():
         tool.chmod(0o755)
@@ -274,7 +274,7 @@ def build_variables(fake_tools: Path, objects: Path) -> dict[str, str]:
         "MAX_JOBS": "3",
         "PYKERNELS_BUILD_DIR": str(objects),
         "PYKERNELS_SANITIZE": "",
-        "USE_CUDA": "",
+        "USE_CUDA": "0",
     }
 
 
@@ -284,7 +284,7 @@ def test_wheel(sources: Path, fake_tools: Path, tmp_path: Path) -> None:
     assert "torch" not in backend("get_requires_for_build_wheel()", sources, **env).stdout
     built = backend("build_wheel('dist')", sources, **env)
     assert built.returncode == 0, built.stderr
-    assert f"pykernels: CPU only, since this version has no CUDA kernels (torch {torch.__version__})" in built.stdout
+    assert f"pykernels: CPU only, since USE_CUDA=0 (torch {torch.__version__})" in built.stdout
 
     configure, build = (fake_tools / "log").read_text().splitlines()
     folder = tmp_path / "objects" / f"torch-{torch.__version__}-{SOABI}"
@@ -336,11 +336,49 @@ def test_without_torch(sources: Path) -> None:
     assert "pip install torch" in last and "--no-build-isolation" in last
 
 
-def test_cuda_is_refused(sources: Path) -> None:
-    """#3: this version has no CUDA kernels; asking for them is an error, not a silent CPU build."""
-    built = backend("build_wheel('dist')", sources, USE_CUDA="1")
-    last = built.stderr.strip().splitlines()[-1]
-    assert built.returncode != 0 and last.startswith("pykernels: USE_CUDA is set, but this version has no CUDA kernels")
+def fake_nvcc(home: Path, release: str) -> str:
+    """CUDA_HOME with a compiler of that release."""
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    (home / "bin" / "nvcc").chmod(0o755)
+    return str(home)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
+def test_cuda_is_built_for_the_capabilities_asked_for(sources: Path, fake_tools: Path, tmp_path: Path) -> None:
+    """#3, #4: where nvcc has torch's CUDA; TORCH_CUDA_ARCH_LIST is obeyed, recorded, and checked."""
+    env = build_variables(fake_tools, tmp_path / "objects") | {
+        "USE_CUDA": "1",
+        "CUDA_HOME": fake_nvcc(tmp_path / "cuda", torch.version.cuda),
+        "TORCH_CUDA_ARCH_LIST": "8.0;9.0a 12.0+PTX",
+    }
+    built = backend("build_wheel('dist')", sources, **env)
+    assert built.returncode == 0, built.stderr
+    configure = (fake_tools / "log").read_text().splitlines()[0]
+    assert "-DCUDA_ARCHS=80-real;90a-real;120-real;120-virtual" in configure
+    assert f"-DCUDA_COMPILER={env['CUDA_HOME']}/bin/nvcc" in configure
+    with zipfile.ZipFile(next((sources / "dist").glob("*.whl"))) as wheel:
+        assert "pykernels/_cuda.so" in wheel.namelist()
+        assert 'CUDA_ARCHS = "8.0 9.0a 12.0+PTX"' in wheel.read("pykernels/_build.py").decode()
+    wrong = backend("build_wheel('dist')", sources, **env | {"TORCH_CUDA_ARCH_LIST": "hopper"})
+    assert "TORCH_CUDA_ARCH_LIST: expected capabilities like '8.0 9.0+PTX', got 'hopper'" in wrong.stderr
+
+
+@pytest.mark.parametrize("asked", ["1", ""])
+def test_cuda_of_another_release(asked: str, sources: Path, fake_tools: Path, tmp_path: Path) -> None:
+    """#3: an nvcc that does not fit torch is an error where CUDA was asked for, and else a build for the CPU."""
+    env = build_variables(fake_tools, tmp_path / "objects")
+    env |= {"USE_CUDA": asked, "CUDA_HOME": fake_nvcc(tmp_path / "cuda", "1.0")}
+    built = backend("build_wheel('dist')", sources, **env)
+    if asked:
+        assert built.returncode != 0 and "pykernels: USE_CUDA=1, but" in built.stderr.strip().splitlines()[-1]
+    else:
+        assert built.returncode == 0 and "pykernels: CPU only, since" in built.stdout
+
+
+def test_values_of_use_cuda(sources: Path) -> None:
+    built = backend("build_wheel('dist')", sources, USE_CUDA="yes")
+    assert built.returncode != 0 and "USE_CUDA: expected 0, 1 or unset, got 'yes'" in built.stderr
 
 
 def test_sdist(sources: Path) -> None:
@@ -351,7 +389,7 @@ def test_sdist(sources: Path) -> None:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     wanted = {"setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "models/__init__.py"}
     for folder in ("csrc", "kernels", "pykernels"):
-        files = (f for f in (sources / folder).rglob("*") if f.suffix in (".cpp", ".h", ".py", ".typed"))
+        files = (f for f in (sources / folder).rglob("*") if f.suffix in (".cpp", ".h", ".cu", ".cuh", ".py", ".typed"))
         wanted |= {str(f.relative_to(sources)) for f in files}
     wanted.remove("pykernels/_build.py")
     assert wanted <= names

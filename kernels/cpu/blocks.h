@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace pykernels {
+#include "../dtype.h"
 
-enum class Dtype : uint8_t { float32, bfloat16, float16, float64 };
+namespace pykernels {
 
 // One sequence of the batch. Rows are counted in the flattened tensors [rows, channels] of outputs and gradients.
 struct Sequence {

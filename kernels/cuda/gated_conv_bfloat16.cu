@@ -1,0 +1,13 @@
+#include "gated_conv_dtype.cuh"
+
+namespace pykernels::cuda {
+
+using Hopper = WarpgroupTile<Bfloat16Math, 128, 3>;
+using Large = ProductTile<Bfloat16Math, 128, 128, 2, 2, 4>;
+using Small = ProductTile<Bfloat16Math, 64, 64, 4, 1, 4>;
+using HopperWeight = WarpgroupRowTile<Bfloat16Math, 3>;
+using Weight = RowProductTile<Bfloat16Math, 128, 64, 2, 2, 4>;
+
+const GatedConvLaunchers gated_conv_bfloat16 = launchers<Hopper, Large, Small, HopperWeight, Weight>();
+
+}  // namespace pykernels::cuda
