@@ -2,9 +2,9 @@
 
 Gradients g are scaled, clipped and masked; AdamW and SGD follow.
 
-    F      m ~ Bernoulli(p), drawn anew in each step (random_bits.py: element = flat index in the whole parameter, stream
-           = the parameter's number, step = the number of its step from 1);  g <- g m / p, or with where="update"
-           d <- d m / p
+    F      m ~ Bernoulli(p), drawn anew in each step (random_bits.py: element = flat index in the whole parameter,
+           stream = the parameter's number, step = the number of its step from 1);  g <- g m / p, or with
+           where="update" d <- d m / p
     D      M, fixed bits;  g <- g M and d <- d M
     AdamW  a = b1 a + (1 - b1) g     v = b2 v + (1 - b2) g^2     c1 = 1 - b1^t     c2 = 1 - b2^t
            "torch"  w <- (1 - lr wd) w,  then w <- w - d,  d = lr / c1 a / (sqrt(v) / sqrt(c2) + eps)
