@@ -65,6 +65,8 @@ void child_sgd_(at::TensorList params, at::TensorList grads, at::TensorList mome
   }
   if (call.skips()) return;
 
+  // Decay is a part of SGD's update: masks of gradients leave it to all elements.
+  if (!reserve_p) call.args.mask_update = where == "update";
   call.args.lr = call.lr;
   call.args.weight_decay = call.weight_decay;
   call.args.momentum = momentum;

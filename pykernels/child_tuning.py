@@ -32,7 +32,7 @@ class ChildTuningAdamW(ChildTuning):
         seed: of the random bits. The same seed draws the same masks on every backend, thread count and sharding.
         masks: of mode "D", by name or by parameter (see set_masks).
         where: "grad", or "update": the moments are those of whole gradients, and the update is masked. With fixed masks
-            both are the same.
+            both are the same but for the decay of SGD, which is a part of its update.
         order: "torch" (decay first, eps beside the corrected root, as torch.optim.AdamW) or "hf" (decay last, eps
             beside the uncorrected root, as the original and transformers' former AdamW).
         decay: "all", or "reserved": only elements that the mask selects decay.

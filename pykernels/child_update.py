@@ -5,7 +5,7 @@ Gradients g are scaled, clipped and masked; AdamW and SGD follow.
     F      m ~ Bernoulli(p), drawn anew in each step (random_bits.py: element = flat index in the whole parameter,
            stream = the parameter's number, step = the number of its step from 1);  g <- g m / p, or with
            where="update" d <- d m / p
-    D      M, fixed bits;  g <- g M and d <- d M
+    D      M, fixed bits;  g <- g M and for AdamW d <- d M, or with where="update" d <- d M
     AdamW  a = b1 a + (1 - b1) g     v = b2 v + (1 - b2) g^2     c1 = 1 - b1^t     c2 = 1 - b2^t
            "torch"  w <- (1 - lr wd) w,  then w <- w - d,  d = lr / c1 a / (sqrt(v) / sqrt(c2) + eps)
            "hf"     w <- w - d,  d = lr sqrt(c2) / c1 a / (sqrt(v) + eps),  then w <- w - lr wd w
@@ -135,7 +135,7 @@ class _Step:
         self.runs, self.stream = common["runs"][i], common["streams"][i]
         selected, scale = _masks(p, mask, self.runs, self.stream, t, common["reserve_p"], common["seed"])
         drawn_grad = common["reserve_p"] is None or common["where"] == "grad"
-        drawn_update = common["reserve_p"] is None or common["where"] == "update"
+        drawn_update = common["stored_masks_update"] if common["reserve_p"] is None else common["where"] == "update"
         self.selects_grad = selected if drawn_grad else None
         self.selects_update = selected if drawn_update else None
         self.update_scale = scale if drawn_update else 1.0
@@ -199,7 +199,7 @@ def adamw_ref_(
         return
     common = {
         "runs": runs, "streams": streams, "reserve_p": reserve_p, "seed": seed, "where": where, "decay": decay,
-        "stochastic_rounding": stochastic_rounding,
+        "stochastic_rounding": stochastic_rounding, "stored_masks_update": True,
         "factor": grad_factor(grad_scale, square_sum, max_grad_norm, maximize),
     }  # fmt: skip
     rate, shrink = float(lr), float(lr) * float(weight_decay)
@@ -250,14 +250,14 @@ def sgd_ref_(
         return
     common = {
         "runs": runs, "streams": streams, "reserve_p": reserve_p, "seed": seed, "where": where, "decay": decay,
-        "stochastic_rounding": stochastic_rounding,
+        "stochastic_rounding": stochastic_rounding, "stored_masks_update": where == "update",
         "factor": grad_factor(grad_scale, square_sum, max_grad_norm, maximize),
     }  # fmt: skip
     for i, (p, step) in enumerate(zip(params, steps, strict=True)):
         step += 1
         t = int(step)
         s = _Step(p, grads[i], masks[i], i, common, t)
-        d = s.g + s.select(float(weight_decay) * s.w, s.decays)
+        d = s.g + s.select(float(weight_decay) * s.w, s.decays) if float(weight_decay) else s.g
         if momentum:
             buffer = d if t == 1 else momentum * s.moment(momentum_buffers[i]) + (1 - dampening) * d
             s.keep(momentum_buffers[i], buffer)

@@ -59,19 +59,20 @@ template <class C>
 struct Sgd {
   static constexpr bool kSecond = false, kReadsP = true;
   Vec<C> momentum, gain, lr, decay;
-  bool has_momentum, nesterov, first, decays_after = false;
+  bool has_decay, has_momentum, nesterov, first, decays_after = false;
   C before = 1, after = 0;
   Sgd(const ChildArgs& a, const ChildTensor& t)
       : momentum(broadcast(C(a.momentum))),
         gain(broadcast(C(a.gain))),
         lr(broadcast(C(a.lr))),
         decay(broadcast(C(a.weight_decay))),
+        has_decay(a.weight_decay != 0),
         has_momentum(a.momentum != 0),
         nesterov(a.nesterov),
         first(t.first) {}
 
   PYKERNELS_INLINE Vec<C> step(Vec<C> g, Vec<C> decayed, Vec<C>& m0, Vec<C>&) const {
-    g = g + decay * decayed;
+    if (has_decay) g = g + decay * decayed;
     if (has_momentum) {
       m0 = first ? g : momentum * m0 + gain * g;
       g = nesterov ? g + momentum * m0 : m0;
@@ -148,14 +149,15 @@ PYKERNELS_INLINE int64_t update_compact(const ChildArgs& a, const Rule& rule, T*
   int64_t selected = 0;
   for (int64_t i = 0; i < count; i += kLanes<C>) {
     if (packs_p) compress(packed_p + selected, load_columns(p + i, count - i), bits, i);
-    selected += compress(packed + selected, load_columns(g + i, count - i), bits, i);
+    // Scaled here, where no sum follows that a compiler could join the product with: the dense update rounds in between too.
+    selected += compress(packed + selected, load_columns(g + i, count - i) * grad_factor, bits, i);
   }
   for (int64_t i = 0; i < selected; i += kLanes<C>) {
     const int64_t n = selected - i;
     Vec<C> m0 = load_columns(m + i, n), m1{}, decayed{};
     if (Rule::kSecond) m1 = load_columns(v + i, n);
     if (packs_p) decayed = load(packed_p + i);
-    const Vec<C> d = rule.step(load(packed + i) * grad_factor, decayed, m0, m1);
+    const Vec<C> d = rule.step(load(packed + i), decayed, m0, m1);
     store_columns(m + i, m0, n);
     if (Rule::kSecond) store_columns(v + i, m1, n);
     store(packed + i, d);
