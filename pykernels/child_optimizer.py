@@ -232,10 +232,13 @@ class ChildTuning(Optimizer):
     # --- the step ---
 
     def _init_group(
-        self, group: dict[str, Any], params: list[Any], grads: list[Any], moments: list[list[Any]], steps: list[Any],
-        masks: list[Any], runs: list[Any], streams: list[int],
+        self, group: dict[str, Any], params: list[Any], grads: list[Any], first: list[Any], second: list[Any],
+        steps: list[Any], masks: list[Any], streams: list[int],
     ) -> None:  # fmt: skip
-        """Collects the parameters of a group that have gradients; those without state get it."""
+        """Collects the parameters of a group that have gradients, in lists that come empty; those without state get it.
+
+        torch.compile knows optimizers by this method, and calls it instead of tracing it.
+        """
         for p in group["params"]:
             grad = p.grad
             if grad is None:
@@ -248,12 +251,11 @@ class ChildTuning(Optimizer):
             state = self.state[p]
             params.append(p)
             grads.append(grad)
-            for values, name in zip(moments, self.moments, strict=True):
+            for values, name in zip((first, second), self.moments, strict=False):
                 values.append(state.get(name))
             steps.append(state["step"])
             masks.append(state.get("mask"))
             streams.append(state["stream"])
-            runs.append(None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -267,14 +269,16 @@ class ChildTuning(Optimizer):
         for group in self.param_groups:
             params: list[Any] = []
             grads: list[Any] = []
-            moments: list[list[Any]] = [[] for _ in self.moments]
+            first: list[Any] = []
+            second: list[Any] = []
             steps: list[Any] = []
             masks: list[Any] = []
-            runs: list[Any] = []
             streams: list[int] = []
-            self._init_group(group, params, grads, moments, steps, masks, runs, streams)
+            self._init_group(group, params, grads, first, second, steps, masks, streams)
             if not params:
                 continue
+            moments = [first, second][: len(self.moments)]
+            runs: list[Any] = [None] * len(params)
             check_rate("lr", group["lr"])
             check_rate("weight_decay", group["weight_decay"])
             self._check_step(group, params, moments, masks)

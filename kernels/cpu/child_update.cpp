@@ -233,7 +233,10 @@ double square_sum(const void* g, int64_t count) {
     const Wide wide = __builtin_convertvector(load_columns(static_cast<const T*>(g) + i, count - i), Wide);
     sum += wide * wide;
   }
-  return sum_lanes(sum);
+  double lanes[kLanes<C>], total = 0;
+  memcpy(lanes, &sum, sizeof lanes);
+  for (double lane : lanes) total += lane;
+  return total;
 }
 
 }  // namespace
