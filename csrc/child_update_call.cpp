@@ -10,8 +10,7 @@
 namespace pykernels {
 namespace {
 
-constexpr int64_t kUnit = 16 * kChildBlock;  // elements of a unit of work: sums depend on it, and it on nothing
-constexpr double kMostSteps = 1 << 24;       // float32 counts no further
+constexpr double kMostSteps = 1 << 24;  // float32 counts no further
 
 std::string indexed(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
@@ -48,7 +47,7 @@ void check_dense(const std::string& name, const at::Tensor& t, const at::Tensor&
 // Calls unit(first, count) for each unit of work of a tensor.
 template <class Use>
 void in_units(int64_t numel, Use use) {
-  for (int64_t first = 0; first < numel; first += kUnit) use(first, std::min(kUnit, numel - first));
+  for (int64_t first = 0; first < numel; first += kChildUnit) use(first, std::min(kChildUnit, numel - first));
 }
 
 }  // namespace
@@ -232,9 +231,9 @@ double child_square_sum(at::TensorList grads) {
     const at::Tensor elements = g.contiguous();
     const auto* data = static_cast<const char*>(elements.numel() ? elements.const_data_ptr() : nullptr);
     const ChildKernels& k = *PYKERNELS_OF_TIER(tier_for(dtype), child_kernels)(dtype);
-    std::vector<double> sums((g.numel() + kUnit - 1) / kUnit);
+    std::vector<double> sums((g.numel() + kChildUnit - 1) / kChildUnit);
     parallel_items(static_cast<int64_t>(sums.size()), 0, [&](int64_t item, void*) {
-      sums[item] = k.square_sum(data + item * kUnit * g.element_size(), std::min(kUnit, g.numel() - item * kUnit));
+      sums[item] = k.square_sum(data + item * kChildUnit * g.element_size(), std::min(kChildUnit, g.numel() - item * kChildUnit));
     });
     for (double sum : sums) total += sum;
   }

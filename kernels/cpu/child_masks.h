@@ -8,6 +8,7 @@ namespace pykernels::PYKERNELS_TIER {
 namespace {
 
 constexpr int64_t kBitPadding = 8;  // bytes that may be read or written behind bits
+constexpr int64_t kMostBits = 512;  // elements of one call of the functions below
 
 // Calls use(at, element, length) for the pieces of local elements [first, first + count) that are adjacent in the whole tensor.
 template <class Use>
@@ -34,14 +35,14 @@ inline void append_bits(uint8_t* to, int64_t at, const uint8_t* from, int64_t of
   }
 }
 
-// bits[0, count) of elements [first, first + count), at most kChildBlock: zeros behind them, to the next multiple of 64.
+// bits[0, count) of elements [first, first + count), at most kMostBits. What is behind them in the last byte may be set.
 inline void drawn_bits(uint8_t* bits, const ChildArgs& args, const ChildTensor& t, int64_t first, int64_t count) {
   if (!t.runs) {
     philox_keep_bits(bits, args.seed, uint64_t(first) / 8, (count + 7) / 8, args.threshold, t.stream, t.step);
   } else {
     memset(bits, 0, size_t((count + 7) / 8 + kBitPadding));
     in_runs(t, first, count, [&](int64_t at, uint64_t element, int64_t length) {
-      uint8_t drawn[kChildBlock / 8 + kBitPadding];
+      uint8_t drawn[kMostBits / 8 + kBitPadding];
       const int64_t offset = int64_t(element % 8);
       philox_keep_bits(drawn, args.seed, element / 8, (offset + length + 7) / 8, args.threshold, t.stream, t.step);
       append_bits(bits, at, drawn, offset, length);
@@ -54,7 +55,7 @@ inline void rounding_draws(uint16_t* draws, const ChildArgs& args, const ChildTe
   const uint32_t stream = t.stream | 0x80000000u;
   if (!t.runs) return philox_draws(draws, args.seed, uint64_t(first) / 8, (count + 7) / 8, stream, t.step);
   in_runs(t, first, count, [&](int64_t at, uint64_t element, int64_t length) {
-    uint16_t drawn[kChildBlock + 16 + kDrawsPadding];
+    uint16_t drawn[kMostBits + 16 + kDrawsPadding];
     const int64_t offset = int64_t(element % 8);
     philox_draws(drawn, args.seed, element / 8, (offset + length + 7) / 8, stream, t.step);
     memcpy(draws + at, drawn + offset, size_t(length) * sizeof *draws);

@@ -8,8 +8,15 @@
 namespace pykernels::PYKERNELS_TIER {
 namespace {
 
-// Elements whose bits are drawn together: their lines of p, g, m and v stay in L1 until they are used.
-constexpr int64_t kDrawn = 512;
+// Elements that are worked on together, so that their lines stay in L1, and how far ahead of them memory is asked for.
+constexpr int64_t kStretch = kMostBits;
+constexpr int64_t kAhead = 1024;
+
+// A hint, which may be for an address behind the tensor: no pointer is formed to it.
+template <class T>
+PYKERNELS_INLINE void ask_for(const T* p, int64_t i) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + uintptr_t(i) * sizeof(T)));
+}
 
 PYKERNELS_INLINE vfloat square_root(vfloat v) {
 #if defined(__AVX512F__)
@@ -123,6 +130,10 @@ PYKERNELS_INLINE void update_dense(const ChildArgs& a, const Rule& rule, T* p, c
   const uint8_t* decays = a.reserved_decay ? bits : nullptr;
   for (int64_t i = 0; i < count; i += kLanes<C>) {
     const int64_t n = count - i;
+    ask_for(p, i + kAhead);
+    ask_for(g, i + kAhead);
+    ask_for(m, i + kAhead);
+    ask_for(v, i + kAhead);
     const Vec<C> old = load_columns(p + i, n);
     Vec<C> grad = load_columns(g + i, n) * grad_factor;
     if (mask_grad) grad = keep_columns<C>(grad, bits, i);
@@ -138,7 +149,7 @@ PYKERNELS_INLINE void update_dense(const ChildArgs& a, const Rule& rule, T* p, c
   }
 }
 
-// A block whose moments are those of the selected elements. Their gradients are brought together, the moments are read and written one
+// Elements whose moments are those of the selected elements. Their gradients are brought together, the moments are read and written one
 // after the other, and the updates go back to where they belong. Returns how many there are.
 template <class T, class C, class Rule>
 PYKERNELS_INLINE int64_t update_compact(const ChildArgs& a, const Rule& rule, T* p, const T* g, C* m, C* v, const uint8_t* bits,
@@ -149,6 +160,7 @@ PYKERNELS_INLINE int64_t update_compact(const ChildArgs& a, const Rule& rule, T*
   int64_t selected = 0;
   for (int64_t i = 0; i < count; i += kLanes<C>) {
     if (packs_p) compress(packed_p + selected, load_columns(p + i, count - i), bits, i);
+    ask_for(p, i);
     // Scaled here, where no sum follows that a compiler could join the product with: the dense update rounds in between too.
     selected += compress(packed + selected, load_columns(g + i, count - i) * grad_factor, bits, i);
   }
@@ -179,13 +191,13 @@ struct Buffers {
   uint16_t* draws;
   C *packed, *packed_p;
   explicit Buffers(Scratch scratch)
-      : bits(scratch.take<uint8_t>(kChildBlock / 8 + kBitPadding)),
-        draws(scratch.take<uint16_t>(kChildBlock + kDrawsPadding)),
-        packed(scratch.take<C>(kChildBlock + kLanes<C>)),
-        packed_p(scratch.take<C>(kChildBlock + kLanes<C>)) {}
+      : bits(scratch.take<uint8_t>(kStretch / 8 + kBitPadding)),
+        draws(scratch.take<uint16_t>(kStretch + kDrawsPadding)),
+        packed(scratch.take<C>(kStretch + kLanes<C>)),
+        packed_p(scratch.take<C>(kStretch + kLanes<C>)) {}
   static int64_t bytes() {
-    return Scratch::bytes<uint8_t>(kChildBlock / 8 + kBitPadding) + Scratch::bytes<uint16_t>(kChildBlock + kDrawsPadding) +
-           2 * Scratch::bytes<C>(kChildBlock + kLanes<C>);
+    return Scratch::bytes<uint8_t>(kStretch / 8 + kBitPadding) + Scratch::bytes<uint16_t>(kStretch + kDrawsPadding) +
+           2 * Scratch::bytes<C>(kStretch + kLanes<C>);
   }
 };
 
@@ -198,9 +210,9 @@ void update(const ChildArgs& args, const ChildTensor& t, int64_t first, int64_t 
   const T* g = static_cast<const T*>(t.g);
   C *m = static_cast<C*>(t.m), *v = static_cast<C*>(t.v);
   const bool compact = t.mask && t.compact;
-  const int64_t block = args.threshold ? kDrawn : kChildBlock, end = first + count;
-  for (int64_t i = first; i < end; i += block) {
-    const int64_t n = min(block, end - i);
+  const int64_t end = first + count;
+  for (int64_t i = first; i < end; i += kStretch) {
+    const int64_t n = min(kStretch, end - i);
     const uint8_t* bits = nullptr;
     const uint16_t* draws = nullptr;
     if (t.mask) {

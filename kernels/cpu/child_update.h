@@ -48,7 +48,7 @@ struct ChildTensor {
 };
 
 struct ChildKernels {
-  // Elements [first, first + count), first a multiple of kChildBlock. selected: how many compact moments lie before.
+  // Elements [first, first + count), first a multiple of kChildUnit. selected: how many compact moments lie before.
   using Update = void (*)(const ChildArgs&, const ChildTensor&, int64_t first, int64_t count, int64_t selected, void* scratch);
   Update adamw, sgd;
   int64_t scratch;  // bytes for a thread
@@ -56,7 +56,7 @@ struct ChildKernels {
   int64_t (*set_bits)(const uint8_t* mask, int64_t count);  // of the first count
 };
 
-constexpr int64_t kChildBlock = 4096;
+constexpr int64_t kChildUnit = 65536;  // elements of a unit of work
 
 PYKERNELS_IN_EVERY_TIER(const ChildKernels* child_kernels(Dtype dtype);)
 
