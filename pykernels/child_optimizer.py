@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from . import _backend, child_state, child_update
 from . import child_shards as shards
 from ._checks import check_choice, check_float, name_of
-from .child_update import Masks
 from .random_bits import keep_threshold
 
 MODES = ("F", "D", "none")
@@ -290,7 +289,7 @@ class ChildTuning(Optimizer):
             return loss
         square_sum = self._square_sum(work) if work[0][0]["max_grad_norm"] is not None else None
         for group, params, *columns in work:
-            self._run(group, [shards.local(p) for p in params], *columns, square_sum=square_sum)
+            self._run(group, [[shards.local(p) for p in params], *columns], square_sum)
         return loss
 
     def _check_step(self, group: dict[str, Any], params: list[Any], moments: list[list[Any]], masks: list[Any]) -> None:
@@ -309,13 +308,12 @@ class ChildTuning(Optimizer):
             total = total + shards.sum_over_shards(p, one(grads)).to(total.device)
         return total
 
-    def _run(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], moments: list[list[Any]],
-        steps: list[Tensor], masks: Masks, runs: Masks, streams: list[int], square_sum: Tensor | None,
-    ) -> None:  # fmt: skip
+    def _run(self, group: dict[str, Any], given: list[Any], square_sum: Tensor | None) -> None:
+        """A group's step, by device and dtype. given: params, grads, moments, steps, masks, runs, streams."""
+        params, grads, moments, *others = given
         kinds = [(p.device.type, p.dtype) for p in params]
         for kind in dict.fromkeys(kinds):
-            columns: list[Any] = [params, grads, *moments, steps, masks, runs, streams]
+            columns: list[Any] = [params, grads, *moments, *others]
             if any([other != kind for other in kinds]):
                 chosen = [i for i, other in enumerate(kinds) if other == kind]
                 columns = [[column[i] for i in chosen] for column in columns]

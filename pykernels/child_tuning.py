@@ -4,7 +4,7 @@ the formulas."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -97,9 +97,9 @@ class ChildTuningAdamW(ChildTuning):
         check_bool("correct_bias", group["correct_bias"])
 
     def _update(self, backend: str, group: dict[str, Any], arguments: tuple[Any, ...], common: dict[str, Any]) -> None:
-        call = child_update.adamw_ref_ if backend == "reference" else child_update._adamw_
+        call: Callable[..., None] = child_update.adamw_ref_ if backend == "reference" else child_update._adamw_
         beta1, beta2 = group["betas"]
-        own = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "order": group["order"]}
+        own: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "order": group["order"]}
         call(*arguments, **own, correct_bias=group["correct_bias"], **common)
 
 
@@ -167,7 +167,7 @@ class ChildTuningSGD(ChildTuning):
                 raise ValueError(f"weight_decay: expected {wanted}, got {group['weight_decay']}")
 
     def _update(self, backend: str, group: dict[str, Any], arguments: tuple[Any, ...], common: dict[str, Any]) -> None:
-        call = child_update.sgd_ref_ if backend == "reference" else child_update._sgd_
+        call: Callable[..., None] = child_update.sgd_ref_ if backend == "reference" else child_update._sgd_
         params, grads, buffers, *others = arguments
-        own = {"momentum": group["momentum"], "dampening": group["dampening"], "nesterov": group["nesterov"]}
+        own: dict[str, Any] = {name: group[name] for name in ("momentum", "dampening", "nesterov")}
         call(params, grads, buffers if group["momentum"] else [], *others, **own, **common)
