@@ -61,4 +61,21 @@ TORCH_LIBRARY(pykernels, m) {
   m.def(
       "_lora_linear_stacked_bwd(Tensor?[] dys, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] biases, "
       "Tensor? seed, Tensor[] saved, float[] scales, float dropout, bool[] needs) -> Tensor[]");
+
+  // One step of ChildTuning's AdamW or SGD, in place. Moments are float32 (float64 for float64), of all elements or of those that the mask
+  // selects; steps float32, each one more after. masks: uint8, a bit an element; runs: rows (start, length, stride) that say which elements
+  // of the whole parameter a shard has. reserve_p: masks are drawn, with the streams. square_sum: of the gradients, for max_grad_norm.
+  m.def(
+      "_child_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
+      "Tensor?[] masks, Tensor?[] runs, int[] streams, Tensor? grad_scale, Tensor? found_inf, Tensor? square_sum, Tensor lr, "
+      "Tensor weight_decay, float beta1, float beta2, float eps, float? reserve_p, float max_grad_norm, int seed, str where, str decay, "
+      "str order, bool correct_bias, bool maximize, bool stochastic_rounding) -> ()");
+  m.def(
+      "_child_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] steps, Tensor?[] masks, "
+      "Tensor?[] runs, int[] streams, Tensor? grad_scale, Tensor? found_inf, Tensor? square_sum, Tensor lr, Tensor weight_decay, "
+      "float momentum, float dampening, bool nesterov, float? reserve_p, float max_grad_norm, int seed, str where, str decay, "
+      "bool maximize, bool stochastic_rounding) -> ()");
+
+  // Sum of squares, a 0-d float64 tensor.
+  m.def("_child_square_sum(Tensor[] grads) -> Tensor");
 }

@@ -6,6 +6,7 @@ PyTorch layer it replaces. `python -m pykernels.env` tells what this installatio
 
 from ._backend import set_backend
 from .attention_pool import AttentionPool, attention_pool
+from .child_tuning import ChildTuningAdamW, ChildTuningSGD
 from .dora_linear import dora_linear
 from .fisher_masks import fisher_masks
 from .fuse import fuse, unfuse
@@ -21,6 +22,8 @@ from .loraplus import loraplus_param_groups
 __version__ = "0.1.0"
 __all__ = [
     "AttentionPool",
+    "ChildTuningAdamW",
+    "ChildTuningSGD",
     "GatedConv1d",
     "LoRALinear",
     "apply_lora",
