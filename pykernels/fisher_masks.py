@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_float
+from ._dtensor import is_sharded, local
+from .child_update import pack_mask
 
 # A component of the name that is a number: the blocks of a network, without embeddings, pooler and a new classifier.
 BLOCKS = r"(^|\.)\d+\."
@@ -56,8 +57,8 @@ def fisher_masks(
         progress: show a bar (needs tqdm).
 
     Returns:
-        A mask for each included parameter: bool, of its shape and on its device (the whole shape where it is a
-        DTensor), to be given to ChildTuningAdamW(masks=...), which keeps a bit an entry.
+        A mask for each included parameter, for ChildTuningAdamW(masks=...): uint8 [ceil(n / 8)] on its device, with
+        entry i of the whole parameter (flat index) in bit i % 8 of byte i // 8.
     """
     check_float("reserve_p", reserve_p)
     if not 0 < reserve_p <= 1:
@@ -69,7 +70,7 @@ def fisher_masks(
             raise ValueError(f"max_grad_norm: expected > 0, got {max_grad_norm}")
     parameters = _included(model, include)
 
-    fisher = {name: torch.zeros_like(_local(p), dtype=torch.float32) for name, p in parameters.items()}
+    fisher = {name: torch.zeros_like(local(p).detach(), dtype=torch.float32) for name, p in parameters.items()}
     count = 0
     with _own_gradients(model):
         for batch in _with_bar(batches, progress):
@@ -81,7 +82,7 @@ def fisher_masks(
 
     n = sum(p.numel() for p in parameters.values())
     k = n - math.ceil((n - 1) * (1 - reserve_p) - 1e-6)  # less a rounding: 0.7 * 100 may lie above 70
-    sharded = any(map(_is_dtensor, parameters.values()))
+    sharded = any(map(is_sharded, parameters.values()))
     counted = [fisher[name] for name, p in parameters.items() if _counted_here(p, sharded)]
     threshold = kth_largest(counted, k, _sum_over_processes if sharded else lambda counts: counts)
     if threshold == 0 and reserve_p < 1:
@@ -89,7 +90,7 @@ def fisher_masks(
             f"fisher_masks: fewer than {k} of {n} entries have had a gradient, so that all entries are reserved",
             stacklevel=2,
         )
-    return {name: _whole(fisher.pop(name) >= threshold, p) for name, p in parameters.items()}
+    return {name: pack_mask(_whole(fisher.pop(name) >= threshold, p)) for name, p in parameters.items()}
 
 
 def kth_largest(tensors: Sequence[Tensor], k: int, total: Callable[[Tensor], Tensor]) -> float:
@@ -126,7 +127,7 @@ def _included(model: nn.Module, include: str | Callable[[str, Tensor], bool]) ->
     else:
         raise TypeError(f"include: expected a regular expression or a function, got {type(include).__name__}")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    parameters = {name: p for name, p in trained.items() if chosen(name, p)}
+    parameters: dict[str, Tensor] = {name: p for name, p in trained.items() if chosen(name, p)}
     if not any(p.numel() for p in parameters.values()):
         raise ValueError(f"include: expected to choose some of the {len(trained)} trained parameters, got none")
     return parameters
@@ -162,10 +163,10 @@ def _add_squares(
         if p.grad is None:
             continue
         norm = torch.linalg.vector_norm(p.grad, dtype=torch.float32)
-        norm = norm.full_tensor() if _is_dtensor(norm) else norm
+        norm = norm.full_tensor() if is_sharded(norm) else norm
         if not torch.isfinite(norm):
             raise ValueError(f"loss_fn: expected finite gradients, got NaN or infinity in that of {name}")
-        grad = _local(p.grad).float()
+        grad = local(p.grad).detach().float()
         if max_grad_norm is not None:
             grad = grad * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         fisher[name].addcmul_(grad, grad)
@@ -206,25 +207,16 @@ def _row(batch: Any, i: int) -> Any:
 def _with_bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     if not progress:
         return batches
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     return tqdm(batches, desc="Fisher information", unit="batch")
 
 
-def _is_dtensor(t: Tensor) -> bool:
-    tensors = sys.modules.get("torch.distributed.tensor")  # a second to import, and loaded where a DTensor exists
-    return tensors is not None and isinstance(t, tensors.DTensor)
-
-
-def _local(t: Tensor) -> Tensor:
-    return (t.to_local() if _is_dtensor(t) else t).detach()
-
-
-def _counted_here(p: Tensor, sharded: bool) -> bool:
+def _counted_here(p: Any, sharded: bool) -> bool:
     """Whether this process counts its part of p: of copies in several processes the first is counted."""
     if not sharded:
         return True
-    if not _is_dtensor(p):
+    if not is_sharded(p):
         return torch.distributed.get_rank() == 0
     place = p.device_mesh.get_coordinate()
     if place is None:
@@ -237,8 +229,8 @@ def _sum_over_processes(counts: Tensor) -> Tensor:
     return counts
 
 
-def _whole(mask: Tensor, p: Tensor) -> Tensor:
-    if not _is_dtensor(p):
+def _whole(mask: Tensor, p: Any) -> Tensor:
+    if not is_sharded(p):
         return mask
     layout = {"shape": p.shape, "stride": p.stride()}  # told, since the shards may be of unequal sizes
     return type(p).from_local(mask, p.device_mesh, p.placements, run_check=False, **layout).full_tensor()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_dropout, check_float, check_floating, check_int
+from ._dtensor import is_sharded
 from .dora_linear import dora_linear, dora_norm, dora_scale
 from .lora_linear import lora_linear
 
@@ -306,12 +307,6 @@ def check_layer(name: str, layer: object) -> None:
             f"{name}: expected the parameters weight and bias alone, got {', '.join(besides) or 'a computed weight'}"
         )
     check_floating(f"{name}.weight", weight)
-
-
-def is_sharded(t: object) -> bool:
-    """Whether it is a DTensor, of which there is none before its module is imported."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import words
+from ._dtensor import is_sharded
 from ._files import save_tensors, write_atomically
-from .lora import LoRALinear, is_sharded
+from .lora import LoRALinear
 from .lora_model import check_model, ends_with_one, lora_layers, replace_layers
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."

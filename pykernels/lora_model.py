@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ._checks import check_choice, check_int
-from .lora import LoRALinear, check_layer, check_settings, is_conv1d, is_sharded
+from ._dtensor import is_sharded
+from .lora import LoRALinear, check_layer, check_settings, is_conv1d
 
 BIASES = ("none", "lora_only", "all")
 

@@ -17,8 +17,17 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from pykernels import fisher_masks
+import pykernels
+from pykernels.child_update import unpack_mask
 from pykernels.fisher_masks import kth_largest
+
+
+def fisher_masks(model: nn.Module, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+    """pykernels.fisher_masks, unpacked."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    masks = pykernels.fisher_masks(model, *arguments, **options)
+    assert all(mask.dtype == torch.uint8 and mask.shape == (-(-shapes[n].numel() // 8),) for n, mask in masks.items())
+    return {name: unpack_mask(mask, shapes[name]) for name, mask in masks.items()}
 
 
 def in_one_process(counts: Tensor) -> Tensor:
@@ -127,7 +136,7 @@ def test_masks_hold_the_largest_squares_of_all_tensors_together(p: float, includ
     want = expected(squares(model, batches(), BLOCK_NAMES), p)
     assert list(masks) == BLOCK_NAMES
     for name, mask in masks.items():
-        assert mask.dtype == torch.bool and torch.equal(mask, want[name]), name
+        assert torch.equal(mask, want[name]), name
 
 
 def test_samples_are_squared_one_by_one():
@@ -257,6 +266,20 @@ def test_each_gradient_is_clipped_alone():
     want = expected(total, 0.3)
     assert list(masks) == list(want)
     assert all(torch.equal(mask, want[name]) for name, mask in masks.items())
+
+
+def test_the_optimizer_takes_the_masks():
+    model = classifier()
+    masks = fisher_masks(model, loss_of, batches(), 0.3)
+    packed = pykernels.fisher_masks(model, loss_of, batches(), 0.3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = pykernels.ChildTuningAdamW(model.named_parameters(), lr=0.1, weight_decay=0.0, mode="D", masks=packed)
+    loss_of(model, next(batches())).backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        moved = p != before[name]
+        assert not moved[~masks[name]].any() if name in masks else True
+        assert moved.any() or not masks.get(name, torch.ones(1)).any(), name
 
 
 # --- errors ---
