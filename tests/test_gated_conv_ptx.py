@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pykernels import GatedConv1d, gated_conv1d
 from tests import ptx_on_cpu
 from tests.gated_conv_cases import Case, evaluate, problem
 from tests.helpers import FLOATS, LAYOUTS, assert_equal
@@ -50,6 +51,7 @@ def emulated(
     operators = getattr(torch.ops, library.namespace)
     monkeypatch.setattr(module, "_fwd", operators._gated_conv_fwd.default)
     monkeypatch.setattr(module, "_bwd", operators._gated_conv_bwd.default)
+    monkeypatch.setattr(module, "_pack", operators._gated_conv_pack.default)
     capability = int(library.namespace[-2:])
     options = {"schedule": SCHEDULES[request.param], "capability": capability, "processors": 4}
     with library.runtime.options(**options), library.runtime.bounds():
@@ -113,3 +115,47 @@ def test_layouts(layout: str, emulated: None) -> None:
     got = evaluate(p.inputs | {"x": x}, dy, backend="cpu", **p.options)
     plain = evaluate(p.inputs | {"x": x.contiguous().clone()}, dy.contiguous().clone(), backend="cpu", **p.options)
     assert_equal(got, plain, layout)
+
+
+def test_tf32_where_the_setting_allows_it(emulated: None) -> None:
+    """PyTorch's setting for CUDA's matrix products; tf32 keeps ten bits of mantissa."""
+    p = problem(Case(B=2, L=70, C_in=40, C_out=40), torch.float32)
+    torch.set_float32_matmul_precision("high")
+    try:
+        got = evaluate(p.inputs, p.case.dy, backend="cpu", **p.options)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    errors = {n: ((t.double() - p.truth[n]).norm() / p.truth[n].norm()).item() for n, t in got.items()}
+    assert all(1e-5 < errors[name] < 2**-10 for name in ("y", "dx", "dweight")), errors
+
+
+def test_prepacked_weights(emulated: None) -> None:
+    module = GatedConv1d(40, 40, 3, dilation=2, backend="cpu").eval()
+    x = torch.randn(3, 50, 40, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = module(x)
+        assert torch.equal(module.prepack()(x), expected)
+
+
+def test_errors_name_the_argument(emulated: None) -> None:
+    x, weight = torch.zeros(2, 9, 4), torch.zeros(8, 4, 3)
+    for error, message, options in [
+        (ValueError, "^weight: expected a tensor on cpu like x, got meta", {"weight": weight.to("meta")}),
+        (TypeError, "^weight: expected .*like x", {"weight": weight.half()}),
+        (ValueError, "^weight: expected C_in = 4 like x", {"weight": torch.zeros(8, 5, 3)}),
+        (ValueError, r"^mask: expected shape \[2, 9\], got \[2, 8\]", {"mask": torch.ones(2, 8, dtype=torch.bool)}),
+        (TypeError, "^mask: expected bool", {"mask": torch.ones(2, 9)}),
+        (TypeError, "^lengths: expected int32 or int64", {"lengths": torch.ones(2)}),
+        (TypeError, "^x: expected float32, bfloat16 or float16", {"x": x.double(), "weight": weight.double()}),
+    ]:
+        with pytest.raises(error, match=message):
+            gated_conv1d(options.pop("x", x), options.pop("weight", weight), backend="cpu", **options)
+
+
+def test_a_launch_that_the_device_refuses(library: ptx_on_cpu.Library, emulated: None) -> None:
+    """Tiles that need more shared memory than there is: one error, and the next call is a new one."""
+    x, weight = torch.ones(4, 300, 136).bfloat16(), torch.ones(272, 136, 3).bfloat16()
+    expected = gated_conv1d(x, weight, backend="cpu")
+    with library.runtime.options(capability=70), pytest.raises(RuntimeError, match="^pykernels: gated_conv_forward: "):
+        gated_conv1d(x, weight, backend="cpu")
+    assert torch.equal(gated_conv1d(x, weight, backend="cpu"), expected)
