@@ -117,17 +117,27 @@ def _speed(group: Group | None, name: str) -> str:
     return f"**{text}**" if ratio.trusted and ratio.differs_from(1.0) and ratio.value > 1 else text
 
 
+# In the order of the columns; an operator's table has those that were measured for it.
+BASELINES = (
+    "eager", "eager, bmm", "shifted matmul", "frozen linear", "PEFT", "torch.compile", "bare GEMM", "AdamW fused",
+    "AdamW foreach", "bernoulli + AdamW fused", "original, eager", "original, torch.compile",
+)  # fmt: skip
+
+
 def summary_text(results: Sequence[Result]) -> str:
-    """A Markdown table, one line per case and group: our time, and how many times as fast as each baseline ours is."""
+    """A Markdown table for each operator, one line per case and group: our time, and how many times as fast as each
+    baseline ours is."""
+    lines = ["Ours is so many times as fast as: (**bold**: a loss; ~: inside the noise; ?: too many samples disturbed)"]
+    for operator in dict.fromkeys(result.operator for result in results):
+        lines += ["", *_summary([result for result in results if result.operator == operator])]
+    return "\n".join([*lines, ""])
+
+
+def _summary(results: Sequence[Result]) -> list[str]:
     measured = {name for result in results for group in result.groups for name in group.measurement.timings}
-    baselines = ("eager", "eager, bmm", "shifted matmul", "torch.compile", "bare GEMM")
-    titles = [name for name in baselines if name in measured]
-    lines = [
-        "Ours is so many times as fast as: (**bold**: a loss; ~: inside the noise; ?: too many samples disturbed)",
-        "",
-        "| operator | dtype | case | | ours | " + " | ".join(titles) + " | saved for backward, ours / eager |",
-        "|" + "---|" * (6 + len(titles)),
-    ]
+    titles = [name for name in BASELINES if name in measured]
+    columns = ["operator", "dtype", "case", "", "ours", *titles, "saved for backward, ours / eager"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for result in results:
         head = f"| {result.operator} | {result.dtype} | {result.case} |"
         if result.failure:
@@ -136,10 +146,10 @@ def summary_text(results: Sequence[Result]) -> str:
         for group in result.groups:
             kept = result.saved_bytes if "backward" in group.title else {}
             saved = f"{bytes_text(kept[OURS])} / {bytes_text(kept['eager'])}" if {OURS, "eager"} <= kept.keys() else ""
-            time = seconds_text(group.measurement.timings[OURS].median)
-            speeds = " | ".join(_speed(group, name) for name in titles)
-            lines.append(f"{head} {group.title} | {time} | {speeds} | {saved} |")
-    return "\n".join([*lines, ""])
+            cells = [group.title, seconds_text(group.measurement.timings[OURS].median)]
+            cells += [_speed(group, name) for name in titles]
+            lines.append(f"{head} {' | '.join(cells)} | {saved} |")
+    return lines
 
 
 def bars_text(results: Sequence[Result]) -> str:
