@@ -8,38 +8,26 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from pykernels import GatedConv1d, gated_conv1d
 from tests import ptx_on_cpu
+from tests.emulated_cuda import SCHEDULES, build_operator
 from tests.gated_conv_cases import Case, evaluate, problem
 from tests.helpers import FLOATS, LAYOUTS, assert_equal
-from tests.ptx_on_cpu.torch_glue import load_operators, record_allocations
 
-ROOT = Path(__file__).parent.parent
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(ptx_on_cpu.unavailable() is not None, reason=f"{ptx_on_cpu.unavailable()}"),
 ]
-SCHEDULES = {"forward": 0, "reverse": 1, "random": 5}
 DTYPES = ["fp32", "bf16", "fp16"]
 
 
 @pytest.fixture(scope="module", params=["80", "90"])
 def library(request: pytest.FixtureRequest) -> ptx_on_cpu.Library:
-    """The kernels for that capability, and their operators in a namespace of their own."""
-    include = (ROOT, ROOT / "csrc", ROOT / "kernels", ROOT / "kernels" / "cpu")
-    flags = [f"-I{folder}" for folder in include] + ["-DPYKERNELS_SM90A"] * (request.param == "90")
-    kernels = sorted((ROOT / "kernels" / "cuda").glob("*.cu"))
-    built = ptx_on_cpu.build(*kernels, arch=request.param, flags=tuple(flags))
-    glue = sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
-    glue += [ROOT / "csrc" / f"{name}.cpp" for name in ("arguments", "gated_conv_arguments", "ops")]
-    built.namespace = f"pykernels_sm{request.param}"
-    record_allocations(load_operators(tuple(glue), built, built.namespace, include))
-    return built
+    return build_operator("gated_conv", request.param, "gated_conv_arguments")
 
 
 @pytest.fixture(params=SCHEDULES)

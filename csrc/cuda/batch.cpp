@@ -3,8 +3,6 @@
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 
-#include "kernels/cuda/gated_conv.h"
-
 namespace pykernels {
 
 void check_cuda(cudaError_t error, const char* what) {

@@ -5,9 +5,6 @@
 // applied to its sums. Every function puts kernels on the stream and returns the first error.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include "../dtype.h"
 #include "../gated_conv_form.h"
 #include "batch.h"
 
@@ -41,10 +38,6 @@ struct GatedConv : GatedConvForm {
   void *value_dweight, *gate_dweight;  // [c_out, c_in, taps]
 };
 
-inline int64_t element_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline int64_t width_of(int64_t columns, Dtype dtype) { return round_up(columns, 16 / element_size(dtype)); }
-
 inline int64_t packed_bytes(int64_t c_out, int64_t c_in, int64_t taps, Dtype dtype) {
   return round_up(c_out, 32) * 2 * taps * width_of(c_in, dtype) * element_size(dtype);
 }
@@ -53,12 +46,6 @@ inline int64_t packed_transposed_bytes(int64_t c_out, int64_t c_in, int64_t taps
 }
 
 extern "C" {
-
-// Rows of x of any strides to contiguous ones of in_width. rows = sequences * length.
-cudaError_t pykernels_cuda_stage_rows(Dtype, const void* x, int64_t sequence_stride, int64_t row_stride, int64_t column_stride,
-                                      int64_t rows, int64_t length, int64_t columns, int64_t width, void* to, cudaStream_t);
-// For packed rows: the sequence that each row belongs to.
-cudaError_t pykernels_cuda_sequence_of_row(const Batch*, int32_t* to, cudaStream_t);
 
 cudaError_t pykernels_cuda_gated_conv_pack(const GatedConv*, cudaStream_t);
 cudaError_t pykernels_cuda_gated_conv_forward(const GatedConv*, cudaStream_t);

@@ -21,6 +21,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int sha
   return cudaGetLastError();
 }
 
+inline unsigned blocks_of(int64_t n, int64_t size) { return unsigned((n + size - 1) / size); }
+
 inline int64_t multiprocessors() {
   int device = 0, count = 1;
   cudaGetDevice(&device);

@@ -1,0 +1,27 @@
+"""An operator's CUDA kernels, launchers and glue for CPU tensors, by tests/ptx_on_cpu: one library a capability."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests import ptx_on_cpu
+from tests.ptx_on_cpu.torch_glue import load_operators, record_allocations
+
+ROOT = Path(__file__).parent.parent
+SCHEDULES = {"forward": 0, "reverse": 1, "random": 5}
+
+
+def build_operator(operator: str, capability: str, *glue: str, **options: bool | str) -> ptx_on_cpu.Library:
+    """Builds kernels/cuda/<operator>*.cu with csrc/cuda/<operator>.cpp and loads torch.ops.<library.namespace>.
+
+    capability: "80" or "90". glue: other files of csrc without .cpp. options: those of ptx_on_cpu.build.
+    """
+    include = (ROOT, ROOT / "csrc", ROOT / "kernels", ROOT / "kernels" / "cpu")
+    flags = [f"-I{folder}" for folder in include] + ["-DPYKERNELS_SM90A"] * (capability == "90")
+    kernels = [ROOT / "kernels" / "cuda" / "batch.cu", *sorted((ROOT / "kernels" / "cuda").glob(f"{operator}*.cu"))]
+    library = ptx_on_cpu.build(*kernels, arch=capability, flags=tuple(flags), **options)
+    sources = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("batch", operator)]
+    sources += [ROOT / "csrc" / f"{name}.cpp" for name in ("arguments", "ops", *glue)]
+    library.namespace = f"pykernels_{operator}_sm{capability}"
+    record_allocations(load_operators(tuple(sources), library, library.namespace, include, options.get("sanitizer")))
+    return library
