@@ -69,7 +69,7 @@ constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / un
 
 template <class C>
 PYKERNELS_INLINE Vec<C> broadcast(C value) {
-  return Vec<C>{} + value;
+  return value - Vec<C>{};  // not zeros + value, which no compiler may leave out: -0 would change
 }
 
 // ---- load and store, with conversion between the storage type T and the arithmetic type C -------------------------------------------
