@@ -301,11 +301,16 @@ class ChildTuning(Optimizer):
         for _, params, grads, *_ in work:
             for p, g in zip(params, grads, strict=True):
                 batches.setdefault((shards.layout(p), g.device, g.dtype), (p, []))[1].append(g)
-        total = torch.zeros((), dtype=torch.float64)
+        sums: list[Tensor] = []
         for p, grads in batches.values():
             backend = _backend.choose("child_update", self.backend, grads[0].device.type, grads[0].dtype)
             one = child_update.square_sum_ref if backend == "reference" else child_update._square_sum
-            total = total + shards.sum_over_shards(p, one(grads)).to(total.device)
+            sums.append(shards.sum_over_shards(p, one(grads)))
+        if len({t.device for t in sums}) > 1:
+            sums = [t.cpu() for t in sums]  # else the norm stays where it is, and nothing waits for the device
+        total = sums[0]
+        for t in sums[1:]:
+            total = total + t
         return total
 
     def _run(self, group: dict[str, Any], given: list[Any], square_sum: Tensor | None) -> None:
