@@ -5,7 +5,7 @@ The adapter beside a frozen layer is what is added: the bars are multiples of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pykernels
 
-from . import gate
+from . import gate, on_cuda
 from .harness import OURS, Bar, Call
 from .jobs import GateFailure, Job, Options, Result, Session
 from .lora_linear_baselines import SCALE, Problem, Shape, eager, frozen, peft_layer
@@ -37,6 +37,9 @@ WIDE = Shape(4096, 768, 3072, 8)
 DECODE = Shape(1, 4096, 4096, 16)
 SHAPES = (SQUARE, WIDE, Shape(2048, 1024, 4096, 16), Shape(512, 4096, 4096, 16), Shape(1024, 1536, 6144, 8), DECODE)
 QUICK_SHAPES = (SQUARE, WIDE, DECODE)
+# What fills a large GPU: a layer of a model of billions of parameters, at two ranks.
+CUDA_QUICK_SHAPES = (WIDE, Shape(4096, 4096, 4096, 16), DECODE)
+CUDA_SHAPES = (*CUDA_QUICK_SHAPES, SQUARE, Shape(8192, 4096, 14336, 64), Shape(8, 4096, 4096, 16))
 FEW = tuple(Shape(m, 1024, 1024, 8) for m in (1, 2, 4, 8, 16, 32, 64, 128))
 TINY = Shape(2, 4, 4, 2)
 MULTI = Shape(2048, 768, 3072, 8)
@@ -101,7 +104,7 @@ def _variants(problem: Problem, wrap: Callable[[Callable[..., Tensor], Problem],
         EAGER: wrap(partial(eager, weight, DROPOUT), problem),
     }
     if problem.dtype != torch.float32:
-        variants[EXACT] = wrap(partial(ours, weight), Problem(problem.shape, problem.dtype, exact_adapter=True))
+        variants[EXACT] = wrap(partial(ours, weight), Problem(problem.shape, problem.dtype, True, problem.device))
     return variants
 
 
@@ -266,6 +269,26 @@ def run_overhead(session: Session, result: Result) -> None:
             FROZEN: partial(frozen, problem.inputs["x"], problem.weight),
         }
         session.group(result, "forward", variants, limits, share=0.4)
+
+
+def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
+    problem = Problem(shape, dtype, device="cuda")
+    check(problem)
+    expression = partial(eager, problem.weight, DROPOUT)
+    with torch.no_grad():
+        compiled = on_cuda.compiled(expression, lambda f: partial(f, **problem.inputs))
+        yield on_cuda.Group("forward", forward_variants(problem) | {"torch.compile": compiled}, shape.flops)
+    compiled = on_cuda.compiled(expression, lambda f: _training(f, problem))
+    variants = training_variants(problem) | {"torch.compile": compiled}
+    yield on_cuda.Group("forward + backward", variants, 2 * shape.flops)
+
+
+def cuda_cases(dtypes: Sequence[str], quick: bool) -> list[on_cuda.Case]:
+    return [
+        on_cuda.Case(NAME, shape.name, dtype, partial(_on_cuda, shape, on_cuda.DTYPES[dtype]))
+        for dtype in dtypes
+        for shape in (CUDA_QUICK_SHAPES if quick else CUDA_SHAPES)
+    ]
 
 
 def jobs(options: Options) -> list[Job]:

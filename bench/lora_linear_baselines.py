@@ -54,6 +54,7 @@ class Problem:
     shape: Shape
     dtype: torch.dtype
     exact_adapter: bool = False
+    device: str = "cpu"
     weight: Tensor = field(init=False)
     inputs: dict[str, Tensor] = field(init=False)
     dy: Tensor = field(init=False)
@@ -63,7 +64,7 @@ class Problem:
         generator = torch.Generator().manual_seed(40)
 
         def normal(*sizes: int, scale: float = 1.0, dtype: torch.dtype = self.dtype) -> Tensor:
-            return torch.randn(*sizes, generator=generator).mul_(scale).to(dtype)
+            return torch.randn(*sizes, generator=generator).mul_(scale).to(self.device, dtype)
 
         adapter = torch.float32 if self.exact_adapter else self.dtype
         self.weight = normal(s.N, s.K, scale=s.K**-0.5)
@@ -98,7 +99,7 @@ def peft_layer(problem: Problem, dropout: float, dora: bool = False) -> nn.Modul
     from peft.tuners.lora import Linear
 
     s = problem.shape
-    base = nn.Linear(s.K, s.N, bias=False, dtype=problem.dtype)
+    base = nn.Linear(s.K, s.N, bias=False, dtype=problem.dtype, device=problem.device)
     base.weight = nn.Parameter(problem.weight, requires_grad=False)
     config = LoraConfig(r=s.R, lora_alpha=int(SCALE) * s.R, lora_dropout=dropout, use_dora=dora)
     layer = Linear(base, "default", config=config, r=s.R, lora_alpha=config.lora_alpha)

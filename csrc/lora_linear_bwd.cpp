@@ -79,21 +79,6 @@ void weight_gradient(const LoraLinearCall& call, void* dweight) {
   });
 }
 
-void check_incoming(const LoraLinearCall& call, const at::Tensor& x, const at::Tensor& dy, const at::Tensor& s, const at::Tensor& keep) {
-  const LoraLinearArgs& args = call.args;
-  check_shape("dy", dy, call.out_shape);
-  TORCH_CHECK_TYPE(dy.scalar_type() == x.scalar_type(), "dy: expected ", x.scalar_type(), " like x, got ", dy.scalar_type());
-  TORCH_CHECK_VALUE(s.sizes() == at::IntArrayRef({args.rows, args.rank}) && s.scalar_type() == call.sum_type && s.is_contiguous(),
-                    "s: expected what _lora_linear_fwd returned, got ", s.scalar_type(), " ", s.sizes());
-  TORCH_CHECK_VALUE(keep.numel() == call.keep_bytes() && keep.scalar_type() == at::kByte && keep.is_contiguous(),
-                    "keep: expected what _lora_linear_fwd returned, got ", keep.scalar_type(), " ", keep.sizes());
-}
-
-at::Tensor gradient(bool needed, const OptionalTensor& like, const at::Tensor& x) {
-  return at::empty(needed && like ? like->sizes() : at::IntArrayRef({0}),
-                   (like ? like->options() : x.options()).memory_format(at::MemoryFormat::Contiguous));
-}
-
 // Gradients of one projection; that of x is written to dx, or added to it.
 void run(LoraLinearCall& call, const at::Tensor& dy, const at::Tensor& s, const at::Tensor& keep, const at::Tensor& dx, bool add_to_dx,
          const at::Tensor& dweight, const at::Tensor& da, const at::Tensor& db, const at::Tensor& dbias) {
@@ -119,9 +104,9 @@ Gradients lora_linear_bwd(const at::Tensor& dy, const at::Tensor& x, const at::T
                           const OptionalTensor& adapter_index, const OptionalTensor& seed, const at::Tensor& s, const at::Tensor& keep,
                           double scale, double dropout, std::array<bool, 5> needs) {
   LoraLinearCall call({x, weight, lora_a, lora_b, bias, scales, adapter_index, seed, scale, dropout});
-  check_incoming(call, x, dy, s, keep);
-  const Gradients gradients{gradient(needs[0], x, x), gradient(needs[1], weight, x), gradient(needs[2], lora_a, x),
-                            gradient(needs[3], lora_b, x), gradient(needs[4], bias, x)};
+  call.check_incoming(dy, s, keep, call.keep_bytes());
+  const Gradients gradients{gradient_like(needs[0], x, x), gradient_like(needs[1], weight, x), gradient_like(needs[2], lora_a, x),
+                            gradient_like(needs[3], lora_b, x), gradient_like(needs[4], bias, x)};
   const auto& [dx, dweight, da, db, dbias] = gradients;
   run(call, dy, s, keep, dx, false, dweight, da, db, dbias);
   return gradients;
@@ -133,16 +118,15 @@ std::vector<at::Tensor> lora_linear_stacked_bwd(const OptionalTensors& dys, cons
                                                 double dropout, const c10::List<bool>& needs) {
   constexpr size_t kEach = 4;  // dweight, dlora_a, dlora_b, dbias
   auto calls = stacked_calls({x, weights, lora_a, lora_b, biases, seed, scales, dropout});
-  TORCH_CHECK_VALUE(dys.size() == calls.size() && saved.size() == 2 * calls.size() && needs.size() == 1 + kEach * calls.size(),
-                    "dys, saved, needs: expected ", calls.size(), ", ", 2 * calls.size(), " and ", 1 + kEach * calls.size(), " of them");
-  std::vector<at::Tensor> gradients{gradient(needs.get(0), x, x)};
+  check_stacked_incoming(calls.size(), dys.size(), saved.size(), needs.size());
+  std::vector<at::Tensor> gradients{gradient_like(needs.get(0), x, x)};
   bool written = false;
   for (size_t i = 0; i < calls.size(); i++) {
     const OptionalTensor dy = dys.get(i), bias = biases.get(i);
-    const auto of = [&](size_t j, const OptionalTensor& like) { return gradient(needs.get(1 + kEach * i + j) && dy, like, x); };
+    const auto of = [&](size_t j, const OptionalTensor& like) { return gradient_like(needs.get(1 + kEach * i + j) && dy, like, x); };
     gradients.insert(gradients.end(), {of(0, weights[i]), of(1, lora_a[i]), of(2, lora_b[i]), of(3, bias)});
     if (!dy) continue;
-    check_incoming(calls[i], x, *dy, saved[2 * i], saved[2 * i + 1]);
+    calls[i].check_incoming(*dy, saved[2 * i], saved[2 * i + 1], calls[i].keep_bytes());
     const at::Tensor* own = &gradients[1 + kEach * i];
     run(calls[i], *dy, saved[2 * i], saved[2 * i + 1], gradients[0], written, own[0], own[1], own[2], own[3]);
     written = true;

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "parallel.h"
 
@@ -13,12 +12,9 @@ namespace pykernels {
 
 LoraLinearCall::LoraLinearCall(const LoraLinearInputs& in, uint32_t stream) {
   args.stream = stream;
-  const Dtype dtype = dtype_of(in.x);
-  check_shapes(in);
-  sum_type = dtype == Dtype::float64 ? at::kDouble : at::kFloat;
+  check(in, args);
   kernels = PYKERNELS_OF_TIER(tier_for(dtype), lora_linear_kernels)(dtype, dtype == Dtype::float32 && float32_allows_bf16());
   x = rows_of(in.x, args.in);
-  args.rows = x.size(0);
   args.x = elements_of(x);
   args.x_row = x.stride(0);
 
@@ -30,43 +26,8 @@ LoraLinearCall::LoraLinearCall(const LoraLinearInputs& in, uint32_t stream) {
     args.bias = elements_of(keep_.back());
   }
   set_adapters(in);
-  set_dropout(in);
-}
-
-void LoraLinearCall::check_shapes(const LoraLinearInputs& in) {
-  TORCH_CHECK_VALUE(in.x.dim() >= 1, "x: expected [..., K], got a 0-d tensor");
-  check_like("weight", in.weight, in.x);
-  check_like("bias", in.bias, in.x);
-  TORCH_CHECK_VALUE(in.weight.dim() == 2 && in.weight.size(1) == in.x.size(-1), "weight: expected [N, K] with K = ", in.x.size(-1),
-                    " like x, got shape ", in.weight.sizes());
-  args.in = in.weight.size(1);
-  args.out = in.weight.size(0);
-  check_shape("bias", in.bias, {args.out});
-  for (const auto& [name, t] : {std::pair{"lora_a", &in.lora_a}, std::pair{"lora_b", &in.lora_b}}) {
-    TORCH_CHECK_TYPE(t->scalar_type() == in.x.scalar_type() || (t->scalar_type() == at::kFloat && in.x.scalar_type() != at::kDouble), name,
-                     ": expected ", in.x.scalar_type(), " like x", in.x.scalar_type() == at::kDouble ? "" : " or Float", ", got ",
-                     t->scalar_type());
-    TORCH_CHECK_VALUE(t->device() == in.x.device(), name, ": expected a tensor on ", in.x.device(), " like x, got ", t->device());
-  }
-  TORCH_CHECK_TYPE(in.lora_b.scalar_type() == in.lora_a.scalar_type(), "lora_b: expected ", in.lora_a.scalar_type(), " like lora_a, got ",
-                   in.lora_b.scalar_type());
-  const int64_t dims = in.adapter_index ? 3 : 2;
-  TORCH_CHECK_VALUE(in.lora_a.dim() == dims && in.lora_a.size(-1) == args.in, "lora_a: expected ", dims == 3 ? "[E, R, K]" : "[R, K]",
-                    " with K = ", args.in, " like x, got shape ", in.lora_a.sizes());
-  args.rank = in.lora_a.size(-2);
-  args.adapters = dims == 3 ? in.lora_a.size(0) : 1;
-  const bool fits = in.lora_b.dim() == dims && in.lora_b.size(-1) == args.rank && in.lora_b.size(-2) == args.out &&
-                    (dims == 2 || in.lora_b.size(0) == args.adapters);
-  TORCH_CHECK_VALUE(fits, "lora_b: expected ", dims == 3 ? "[E, N, R]" : "[N, R]", " with N = ", args.out,
-                    " like weight and R = ", args.rank, dims == 3 ? " (and E) like lora_a" : " like lora_a", ", got shape ",
-                    in.lora_b.sizes());
-  TORCH_CHECK_VALUE(std::isfinite(in.scale), "scale: expected a finite number, got ", in.scale);
-  if (in.scales) {
-    TORCH_CHECK_TYPE(in.scales->is_floating_point(), "scale: expected a floating dtype, got ", in.scales->scalar_type());
-    check_shape("scale", in.scales, {args.adapters});
-  }
-  out_shape = in.x.sizes().vec();
-  out_shape.back() = args.out;
+  set_dropout(in, args);
+  args.keep_row = (args.in + 7) / 8;
 }
 
 void LoraLinearCall::set_adapters(const LoraLinearInputs& in) {
@@ -82,11 +43,6 @@ void LoraLinearCall::set_adapters(const LoraLinearInputs& in) {
   }
   if (in.adapter_index) {
     const at::Tensor& index = *in.adapter_index;
-    TORCH_CHECK_TYPE(index.scalar_type() == at::kInt || index.scalar_type() == at::kLong, "adapter_index: expected int32 or int64, got ",
-                     index.scalar_type());
-    const at::IntArrayRef leading = in.x.sizes().slice(0, in.x.dim() - 1);
-    const bool fits = index.dim() <= static_cast<int64_t>(leading.size()) && index.sizes() == leading.slice(0, index.dim());
-    TORCH_CHECK_VALUE(fits, "adapter_index: expected a leading part of x's leading shape ", leading, ", got shape ", index.sizes());
     const at::Tensor wide = index.to(at::kLong).contiguous();
     const auto* of = wide.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < wide.numel(); i++) {
@@ -108,19 +64,6 @@ void LoraLinearCall::set_adapters(const LoraLinearInputs& in) {
   args.a = to;
   args.b = to + of_a * kernels->sum_size;
   keep_.push_back(arranged);
-}
-
-void LoraLinearCall::set_dropout(const LoraLinearInputs& in) {
-  TORCH_CHECK_VALUE(in.dropout >= 0 && in.dropout < 1, "dropout: expected 0 <= dropout < 1, got ", in.dropout);
-  args.keep_row = (args.in + 7) / 8;
-  if (in.dropout == 0) return;
-  TORCH_CHECK_VALUE(in.seed.has_value(), "seed: expected a 0-d int64 tensor with dropout, got None");
-  TORCH_CHECK_TYPE(in.seed->scalar_type() == at::kLong && in.seed->numel() == 1, "seed: expected a 0-d int64 tensor, got ",
-                   in.seed->scalar_type(), " ", in.seed->sizes());
-  args.seed = static_cast<uint64_t>(in.seed->item<int64_t>());
-  args.keep_threshold = static_cast<uint32_t>(std::floor((1.0 - in.dropout) * 65536 + 0.5));
-  TORCH_CHECK_VALUE(args.keep_threshold > 0, "dropout: ", in.dropout, " keeps fewer than one element in 65536");
-  args.keep_scale = static_cast<float>(65536.0 / args.keep_threshold);
 }
 
 namespace {
@@ -165,10 +108,7 @@ at::Tensor spread_rows(const at::Tensor& rows) {
 }
 
 std::vector<LoraLinearCall> stacked_calls(const StackedInputs& in) {
-  const size_t count = in.weights.size();
-  TORCH_CHECK_VALUE(in.lora_a.size() == count && in.lora_b.size() == count && in.biases.size() == count && in.scales.size() == count,
-                    "weights, lora_a, lora_b, bias, scale: expected as many of each, got ", count, ", ", in.lora_a.size(), ", ",
-                    in.lora_b.size(), ", ", in.biases.size(), " and ", in.scales.size());
+  const size_t count = check_stacked(in);
   const OptionalTensor none;
   std::vector<LoraLinearCall> calls;
   calls.reserve(count);  // args of a call point into it
@@ -184,13 +124,6 @@ std::vector<LoraLinearCall> stacked_calls(const StackedInputs& in) {
 void* elements_of(const at::Tensor& t) {
   alignas(64) static char nothing[64];
   return t.numel() ? const_cast<void*>(t.const_data_ptr()) : nothing;
-}
-
-at::Tensor rows_of(const at::Tensor& t, int64_t columns) {
-  const auto sizes = t.sizes().slice(0, t.dim() - 1);
-  const int64_t rows = std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<>());
-  const at::Tensor flat = t.reshape({rows, columns});
-  return columns <= 1 || flat.stride(1) == 1 ? flat : flat.contiguous();
 }
 
 }  // namespace pykernels

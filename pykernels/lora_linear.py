@@ -10,6 +10,7 @@ the larger learning rate.
 
 Backward keeps x, S and one bit an element of what dropout kept: dS = scale * dy B, dB = scale * dy^T S, dA = dS^T d,
 dx = dy W + dropout(dS A) with the factors of forward, dW = dy^T x where the weight is trained, dbias = sum of dy.
+On CUDA devices the bits of dropout are drawn again instead of kept.
 """
 
 from __future__ import annotations
@@ -75,11 +76,12 @@ if _C is not None:
     @torch.library.register_fake("pykernels::_lora_linear_fwd")
     def fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         shape = check_lora_linear(*args)
-        x, lora_a, dropout = args[0], args[2], args[-1]
+        x, lora_a = args[0], args[2]
+        stored = bool(args[-1]) and x.device.type != "cuda"  # there backward draws the bits of dropout again
         rows, exact = 1, torch.promote_types(x.dtype, torch.float32)
         for n in x.shape[:-1]:
             rows = rows * n
-        kept = rows * ((x.shape[-1] + 7) // 8) + 1 if dropout else 0
+        kept = rows * ((x.shape[-1] + 7) // 8) + 1 if stored else 0
         return (
             x.new_empty(shape),
             x.new_empty((rows, lora_a.shape[-2]), dtype=exact),
@@ -242,10 +244,11 @@ def lora_linear(
         backend: "reference", "cpu", "cuda", "triton", or "auto"; None: what `set_backend` or PYKERNELS_BACKEND says.
 
     Returns y [..., N] in x's dtype. Gradients have the dtypes of their arguments; the weight's is computed only where
-    it requires one. Backward keeps x, S in float32 [rows, R] (float64 for float64), and one bit an element of x with
-    dropout. Equal inputs give equal bits on the CPU kernels, with any number of threads. Double backward works at the
-    speed of plain PyTorch; torch.vmap and forward-mode differentiation are refused. Under torch.export, torch.jit.trace
-    and ONNX export plain PyTorch operators are emitted.
+    it requires one. Backward keeps x, S in float32 [rows, R] (float64 for float64), and on the CPU one bit an element
+    of x with dropout. Equal inputs give equal bits on the kernels of both devices, with any number of threads. On CUDA
+    float32 is multiplied in TF32 where PyTorch's setting allows it (torch.backends.cuda.matmul). Double backward works
+    at the speed of plain PyTorch; torch.vmap and forward-mode differentiation are refused. Under torch.export,
+    torch.jit.trace and ONNX export plain PyTorch operators are emitted.
 
     Raises TypeError for types and dtypes, ValueError for values, RuntimeError for a named backend that cannot serve.
     """
@@ -273,7 +276,8 @@ def lora_linear_multi(
     Args:
         lora_a, lora_b: [E, R, K] and [E, N, R].
         adapter_index: int32 or int64, the shape of x's leading dimensions or of the first of them ([B] for x
-            [B, L, K]); 0 ... E - 1, or -1 for rows without an adapter. Fastest where neighbouring rows share one.
+            [B, L, K]); 0 ... E - 1, or -1 for rows without an adapter. Fastest where neighbouring rows share one. On
+            CUDA nobody looks at the values before the kernels do, and any other number is taken for -1.
         scale: a number, or a tensor [E] of any floating dtype, which gets no gradient.
 
     The other arguments, the result and the errors are those of `lora_linear`.

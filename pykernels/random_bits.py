@@ -55,7 +55,7 @@ def activation_draws(seed: Tensor, x: Tensor) -> Tensor:
     """draws16 of the elements of x, by the compiled kernel where there is one. x [..., n] -> the same shape, int32."""
     rows, n = x.shape[:-1].numel(), x.shape[-1]
     compiled = _C is not None and x.is_cpu and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
-    draws = torch.ops.pykernels._random_bits(seed, rows, n, 0, 0) if compiled else draws16(seed, rows, n)
+    draws = torch.ops.pykernels._random_bits(seed, rows, n, 0, 0) if compiled else draws16(seed.to(x.device), rows, n)
     return draws.view(x.shape)
 
 

@@ -6,14 +6,14 @@
 // accumulators are at hand. Few rows are multiplied with the weights as they lie, so that one row costs one reading of them.
 #pragma once
 
+#include "../lora_linear_form.h"
 #include "blocks.h"
 #include "tiers.h"
 
 namespace pykernels {
 
 // Tensors of the arithmetic type (double for double, else float) are marked C, the others have the type of x.
-struct LoraLinearArgs {
-  int64_t rows, in, out, rank;
+struct LoraLinearArgs : LoraLinearForm {
   const void* x;  // [rows, in], columns adjacent
   int64_t x_row;
   const void* weight;  // [out, in], or [in, out] with weight_transposed
@@ -22,17 +22,12 @@ struct LoraLinearArgs {
   void* y;           // [rows, out]
 
   const int64_t* adapter_of;  // of each row, -1 for none; null where all rows have adapter 0
-  int64_t adapters;
   const void* a;         // C [adapters, rank, a_row], zeros behind in
   const void* b;         // C [adapters, rank, b_row]: B transposed, times the scale; zeros behind out
   int64_t a_row, b_row;  // multiples of two vectors
   void* s;               // C [rows, rank]: A drop(x)
 
-  // Dropout of what A is multiplied with. keep has keep_row bytes a row, and one byte behind the last.
-  uint64_t seed;
-  uint32_t stream;
-  uint32_t keep_threshold;
-  double keep_scale;
+  // The bits of dropout: keep_row bytes a row, and one byte behind the last.
   uint8_t* keep;  // null without dropout
   int64_t keep_row;
 

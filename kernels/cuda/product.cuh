@@ -131,11 +131,11 @@ struct Accumulators {
   }
 };
 
-// source.copy(a, b) begins the copies of the next step into a stage; it is called `steps` times in all.
-template <class Tile, class Source>
-__device__ __forceinline__ void run_product(Accumulators<Tile>& sums, Source& source, int64_t steps, char* shared) {
+// Adds to the sums. source.copy(a, b) begins the copies of the next step into a stage; it is called `steps` times in all. arrived(a) may
+// change what this thread has copied of the operand a of the next product.
+template <class Tile, class Source, class Arrived>
+__device__ __forceinline__ void continue_product(Accumulators<Tile>& sums, Source& source, int64_t steps, char* shared, Arrived arrived) {
   const uint32_t base = shared_address(shared);
-  sums.clear();
 #pragma unroll
   for (int s = 0; s < Tile::kStages - 1; s++) {
     if (s < steps) source.copy(base + s * Tile::kStageBytes, base + s * Tile::kStageBytes + Tile::kRows * Tile::kStepBytes);
@@ -144,6 +144,7 @@ __device__ __forceinline__ void run_product(Accumulators<Tile>& sums, Source& so
   int read = 0, write = Tile::kStages - 1;
   for (int64_t step = 0; step < steps; step++) {
     wait_copies<Tile::kStages - 2>();
+    arrived(base + read * Tile::kStageBytes);
     __syncthreads();  // what all threads copied is there, and the stage to be overwritten has been read
     if (step + Tile::kStages - 1 < steps) {
       source.copy(base + write * Tile::kStageBytes, base + write * Tile::kStageBytes + Tile::kRows * Tile::kStepBytes);
@@ -155,6 +156,12 @@ __device__ __forceinline__ void run_product(Accumulators<Tile>& sums, Source& so
   }
   wait_copies<0>();
   __syncthreads();
+}
+
+template <class Tile, class Source>
+__device__ __forceinline__ void run_product(Accumulators<Tile>& sums, Source& source, int64_t steps, char* shared) {
+  sums.clear();
+  continue_product(sums, source, steps, shared, [](uint32_t) {});
 }
 
 // Calls use(row of the tile, column of the tile, v) with v[g] the eight sums from column + 32 g on, kTogether groups at a time. They go

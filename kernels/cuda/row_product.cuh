@@ -227,11 +227,17 @@ struct RowSums<Tile, true> {
   }
 };
 
+struct Unchanged {
+  __device__ __forceinline__ void operator()(uint32_t, int64_t, int) const {}
+};
+
 // Sums over rows [begin, end). a_row(r) is where row r of a begins; b_row(r) where that of b does, or null where the row adds nothing.
-// a_bytes and b_bytes, multiples of 16, are what there is of a row from the tile's first element on.
-template <class Tile, class ARow, class BRow>
+// a_bytes and b_bytes, multiples of 16, are what there is of a row from the tile's first element on. arrived(address, row, chunk) may
+// change 16 bytes of a that this thread has copied.
+template <class Tile, class ARow, class BRow, class Arrived = Unchanged>
 __device__ __forceinline__ void run_row_product(RowSums<Tile>& sums, int64_t begin, int64_t end, int64_t a_bytes, int64_t b_bytes,
-                                                ARow a_row, BRow b_row, const char* fallback, RowWindow<Tile>& window, char* shared) {
+                                                ARow a_row, BRow b_row, const char* fallback, RowWindow<Tile>& window, char* shared,
+                                                Arrived arrived = {}) {
   constexpr int kStages = Tile::kStages, kSlots = RowWindow<Tile>::kSlots;
   const int64_t steps = (end - begin + Tile::kDepth - 1) / Tile::kDepth;
   const uint32_t base = shared_address(shared);
@@ -277,6 +283,12 @@ __device__ __forceinline__ void run_row_product(RowSums<Tile>& sums, int64_t beg
   int read = 0, write = kStages - 1;
   for (int64_t step = 0; step < steps; step++) {
     wait_copies<kStages - 2>();
+#pragma unroll
+    for (int i = 0; i < Tile::kDepth * Tile::kAChunks / Tile::kThreads; i++) {
+      const int index = threadIdx.x + i * Tile::kThreads, row = index / Tile::kAChunks, chunk = index % Tile::kAChunks;
+      arrived(base + read * Tile::kStageBytes + Tile::template address<Tile::kABytes>(row, chunk), begin + step * Tile::kDepth + row,
+              chunk);
+    }
     if constexpr (Tile::kWarpgroups) warpgroup_publish();
     __syncthreads();
     if (threadIdx.x < kFinders) find(step + kStages);

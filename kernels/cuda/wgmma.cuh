@@ -34,12 +34,12 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address, uint32_
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define PYKERNELS_WARPGROUP_SUMS(t) \
   "+f"(c[0][t / 4][t % 4 * 2]), "+f"(c[0][t / 4][t % 4 * 2 + 1]), "+f"(c[1][t / 4][t % 4 * 2]), "+f"(c[1][t / 4][t % 4 * 2 + 1])
-#define PYKERNELS_WARPGROUP_PRODUCT(types, transposed)                                                                                    \
+#define PYKERNELS_WARPGROUP_PRODUCT(types, transposed_a, transposed_b)                                                                    \
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                                                       \
                " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "    \
                "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
-               "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, " transposed               \
-               ", " transposed ";"                                                                                                        \
+               "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, " transposed_a             \
+               ", " transposed_b ";"                                                                                                      \
                : PYKERNELS_WARPGROUP_SUMS(0), PYKERNELS_WARPGROUP_SUMS(1), PYKERNELS_WARPGROUP_SUMS(2), PYKERNELS_WARPGROUP_SUMS(3),      \
                  PYKERNELS_WARPGROUP_SUMS(4), PYKERNELS_WARPGROUP_SUMS(5), PYKERNELS_WARPGROUP_SUMS(6), PYKERNELS_WARPGROUP_SUMS(7),      \
                  PYKERNELS_WARPGROUP_SUMS(8), PYKERNELS_WARPGROUP_SUMS(9), PYKERNELS_WARPGROUP_SUMS(10), PYKERNELS_WARPGROUP_SUMS(11),    \
@@ -47,19 +47,24 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address, uint32_
                : "l"(a), "l"(b))
 #endif
 
-// c += the product of 64 rows, 128 columns and 16 of k; the warpgroup does other things meanwhile. kOverRows: the operands are contiguous
-// along rows and columns instead of k.
-template <class Math, bool kOverRows>
+// c += the product of 64 rows, 128 columns and 16 of k; the warpgroup does other things meanwhile. kOverRows, kOverColumns: a is contiguous
+// along rows, b along columns, instead of k.
+template <class Math, bool kOverRows, bool kOverColumns = kOverRows>
 __device__ __forceinline__ void warpgroup_multiply(float (&c)[2][4][8], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  static_assert(kOverColumns || !kOverRows);
   if constexpr (Math::kBfloat16 && kOverRows) {
-    PYKERNELS_WARPGROUP_PRODUCT("bf16.bf16", "1");
+    PYKERNELS_WARPGROUP_PRODUCT("bf16.bf16", "1", "1");
+  } else if constexpr (Math::kBfloat16 && kOverColumns) {
+    PYKERNELS_WARPGROUP_PRODUCT("bf16.bf16", "0", "1");
   } else if constexpr (Math::kBfloat16) {
-    PYKERNELS_WARPGROUP_PRODUCT("bf16.bf16", "0");
+    PYKERNELS_WARPGROUP_PRODUCT("bf16.bf16", "0", "0");
   } else if constexpr (kOverRows) {
-    PYKERNELS_WARPGROUP_PRODUCT("f16.f16", "1");
+    PYKERNELS_WARPGROUP_PRODUCT("f16.f16", "1", "1");
+  } else if constexpr (kOverColumns) {
+    PYKERNELS_WARPGROUP_PRODUCT("f16.f16", "0", "1");
   } else {
-    PYKERNELS_WARPGROUP_PRODUCT("f16.f16", "0");
+    PYKERNELS_WARPGROUP_PRODUCT("f16.f16", "0", "0");
   }
 #endif
 }
@@ -96,38 +101,48 @@ __device__ __forceinline__ void warpgroup_publish() {
 #endif
 }
 
-// As run_product of product.cuh. A stage is overwritten after its products are complete, which is one step later.
-template <class Math, int kRows, int kStages, class Source>
-__device__ __forceinline__ void run_product(Accumulators<WarpgroupTile<Math, kRows, kStages>>& sums, Source& source, int64_t steps,
-                                            char* shared) {
-  using Tile = WarpgroupTile<Math, kRows, kStages>;
-  const uint32_t base = shared_address(shared), a_offset = threadIdx.x / 128 * 64 * Tile::kStepBytes, b_offset = kRows * Tile::kStepBytes;
-  sums.clear();
+// As continue_product of product.cuh; multiply(a, b) begins the products of a stage at these addresses. A stage is overwritten after its
+// products are complete, which is one step later.
+template <class Tile, class Sums, class Source, class Arrived, class Multiply>
+__device__ __forceinline__ void continue_warpgroups(Sums& sums, Source& source, int64_t steps, char* shared, Arrived arrived,
+                                                    Multiply multiply) {
+  const uint32_t base = shared_address(shared), a_offset = threadIdx.x / 128 * 64 * Tile::kStepBytes;
+  constexpr uint32_t b_offset = Tile::kRows * Tile::kStepBytes;
 #pragma unroll
-  for (int s = 0; s < kStages - 1; s++) {
+  for (int s = 0; s < Tile::kStages - 1; s++) {
     if (s < steps) source.copy(base + s * Tile::kStageBytes, base + s * Tile::kStageBytes + b_offset);
     commit_copies();
   }
-  int read = 0, write = kStages - 1;
+  int read = 0, write = Tile::kStages - 1;
   for (int64_t step = 0; step < steps; step++) {
-    wait_copies<kStages - 2>();
+    wait_copies<Tile::kStages - 2>();
     warpgroup_wait(sums);
+    const uint32_t stage = base + read * Tile::kStageBytes;
+    arrived(stage);
     warpgroup_publish();
     __syncthreads();
-    const uint32_t stage = base + read * Tile::kStageBytes;
-    const uint64_t a = operand_descriptor(stage + a_offset), b = operand_descriptor(stage + b_offset);
     warpgroup_begin();
-#pragma unroll
-    for (int k = 0; k < Tile::kStepBytes / 32; k++) warpgroup_multiply<Math, false>(sums.c, a + k * 2, b + k * 2);
+    multiply(stage + a_offset, stage + b_offset);
     warpgroup_commit();
-    if (step + kStages - 1 < steps) source.copy(base + write * Tile::kStageBytes, base + write * Tile::kStageBytes + b_offset);
+    if (step + Tile::kStages - 1 < steps) source.copy(base + write * Tile::kStageBytes, base + write * Tile::kStageBytes + b_offset);
     commit_copies();
-    read = read + 1 == kStages ? 0 : read + 1;
-    write = write + 1 == kStages ? 0 : write + 1;
+    read = read + 1 == Tile::kStages ? 0 : read + 1;
+    write = write + 1 == Tile::kStages ? 0 : write + 1;
   }
   warpgroup_wait(sums);
   wait_copies<0>();
   __syncthreads();
+}
+
+template <class Math, int kRows, int kStages, class Source, class Arrived>
+__device__ __forceinline__ void continue_product(Accumulators<WarpgroupTile<Math, kRows, kStages>>& sums, Source& source, int64_t steps,
+                                                 char* shared, Arrived arrived) {
+  using Tile = WarpgroupTile<Math, kRows, kStages>;
+  continue_warpgroups<Tile>(sums, source, steps, shared, arrived, [&](uint32_t from_a, uint32_t from_b) {
+    const uint64_t a = operand_descriptor(from_a), b = operand_descriptor(from_b);
+#pragma unroll
+    for (int k = 0; k < Tile::kStepBytes / 32; k++) warpgroup_multiply<Math, false>(sums.c, a + k * 2, b + k * 2);
+  });
 }
 
 }  // namespace pykernels::cuda

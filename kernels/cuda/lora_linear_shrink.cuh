@@ -1,0 +1,141 @@
+// Rows times an adapter's narrow factor, and the terms in which the result goes on.
+#pragma once
+
+#include "column_product.cuh"
+#include "launch.cuh"
+#include "lora_rows.cuh"
+
+namespace pykernels::cuda {
+
+// float16 loses what lies below 2^-24: terms after the first are kept 2^11 times as large, one after the other, where their products are
+// summed apart.
+template <class T>
+constexpr float kLift = std::is_same_v<T, float16> ? 2048.f : 1.f;
+
+// Term n of v: what T holds of it, then of the rest, then of the rest of that.
+template <class T>
+__device__ __forceinline__ T term_of(float v, int n, float lift) {
+  for (; n > 0; n--) {
+    const float held = to_float(from_float<T>(v));
+    v = isfinite(held) ? (v - held) * lift : 0.f;
+  }
+  return from_float<T>(v);
+}
+
+// The operands of the product are, for terms s and b: s0 s1 with b b, or s0 s0 s1 with b0 b1 b0.
+__device__ __forceinline__ int row_term(int position, int terms) { return terms == 3 ? position / 2 : position; }
+__device__ __forceinline__ int factor_term(int position, int terms) { return terms == 3 ? position % 2 : 0; }
+
+// T: of the call; F: of the adapter.
+template <class T, class F>
+__global__ void __launch_bounds__(256) lora_arrange_kernel(const __grid_constant__ LoraArrange p, int terms, int64_t elements) {
+  const int64_t index = int64_t(blockIdx.x) * 256 + threadIdx.x, rank = p.call.rank;
+  if (index >= elements) return;
+  const int64_t inner = index % p.width, row = index / p.width;
+  const int64_t of_adapter = p.expand ? p.factor.outer : terms * rank, e = row / of_adapter;
+  const int64_t outer = p.expand ? row % of_adapter : inner, slot = p.expand ? inner : row % of_adapter;
+  T value = from_float<T>(0.f);
+  if (outer < p.factor.outer && slot < terms * rank) {
+    const int64_t at = (e * p.factor.outer * rank) + outer * p.factor.outer_stride + slot % rank * p.factor.rank_stride;
+    const int position = int(slot / rank);
+    value = term_of<T>(to_float(static_cast<const F*>(p.factor.data)[at]), p.expand ? factor_term(position, terms) : position,
+                       p.expand ? 1.f : kLift<T>);
+  }
+  static_cast<T*>(p.to)[index] = value;
+}
+
+// One tile of the partial results of one split, which have `columns`.
+template <class Tile>
+__device__ __forceinline__ void shrink_tile(const LoraShrink& p, int64_t columns, int64_t row_tile, int64_t column_tile, int64_t split,
+                                            LoraParts<Tile>& parts, char* shared) {
+  using T = typename Tile::Element;
+  constexpr int64_t kSize = sizeof(T);
+  const int64_t row0 = row_tile * Tile::kRows, column0 = column_tile * Tile::kColumns, begin = split * p.split_width;
+  const int64_t end = begin + p.split_width < p.rows.width ? begin + p.split_width : p.rows.width;
+
+  if (threadIdx.x == 0) {
+    const auto* a = static_cast<const T*>(p.rows.data) + row0 * p.rows.row;
+    const auto* b = static_cast<const T*>(p.factor) + column0 * p.rows.width;
+    parts.low = {reinterpret_cast<const char*>(a),
+                 reinterpret_cast<const char*>(b),
+                 p.rows.row * kSize,
+                 p.rows.width * kSize,
+                 columns * p.rows.width * kSize,
+                 begin * kSize,
+                 end * kSize};
+    parts.weight = {};
+    parts.fallback = static_cast<const char*>(p.rows.data);
+  }
+  parts.adapters.find(p.call, row0);
+  LoraSource<Tile> source(parts, rows_left<Tile::kRows>(p.call.rows - row0), rows_left<Tile::kColumns>(columns - column0));
+  Accumulators<typename Tile::Base> sums;
+  sums.clear();
+  if (p.drop) {
+    continue_product(sums, source, source.low_steps(), shared, RowDropout<Tile>(p.call, row0, begin, end));
+  } else {
+    continue_product(sums, source, source.low_steps(), shared, [](uint32_t) {});
+  }
+  exchange_sums(sums, shared, [&](int r, int c, const float (&v)[8]) {
+    if (row0 + r >= p.call.rows) return;
+    float* to = p.partials + (split * p.call.rows + row0 + r) * columns + column0 + c;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (column0 + c + i < columns) to[i] = v[i];
+    }
+  });
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads)
+    lora_shrink_kernel(const __grid_constant__ LoraShrink p, int64_t columns, int column_tiles) {
+  extern __shared__ char shared_memory[];
+  __shared__ LoraParts<Tile> parts;
+  shrink_tile<Tile>(p, columns, blockIdx.x / column_tiles, blockIdx.x % column_tiles, blockIdx.y, parts,
+                    aligned_shared<Tile>(shared_memory));
+}
+
+// Adds the partials in their order, and writes the results.
+template <class T>
+__global__ void __launch_bounds__(256)
+    lora_spread_kernel(const __grid_constant__ LoraShrink p, int summed_terms, int terms, int64_t width, int64_t elements) {
+  const int64_t index = int64_t(blockIdx.x) * 256 + threadIdx.x, rank = p.call.rank;
+  if (index >= elements) return;
+  const int64_t row = index / width, slot = index % width, columns = summed_terms * rank;
+  T expanded = from_float<T>(0.f), summed = expanded;
+  if (slot < terms * rank) {
+    float v = 0.f, unlift = 1.f;
+    for (int term = 0; term < summed_terms; term++) {
+      float sum = 0.f;
+      const float* from = p.partials + row * columns + term * rank + slot % rank;
+      for (int64_t split = 0; split < p.splits; split++) sum += from[split * p.call.rows * columns];
+      v += unlift * sum;
+      unlift *= 1.f / kLift<T>;
+    }
+    v *= p.multiplier;
+    if (p.v && slot < rank) p.v[row * rank + slot] = v;
+    const int position = int(slot / rank);
+    v *= scale_of(p.call, adapter_of(p.call, row));
+    expanded = term_of<T>(v, row_term(position, terms), 1.f);
+    summed = term_of<T>(v, position, kLift<T>);
+  }
+  if (p.expanded) static_cast<T*>(p.expanded)[index] = expanded;
+  if (p.summed) static_cast<T*>(p.summed)[index] = summed;
+}
+
+template <class T>
+cudaError_t launch_spread(const LoraShrink& p, int64_t summed_terms, cudaStream_t stream) {
+  const int64_t width = expand_width(p.call), elements = p.call.rows * width;
+  return launch(lora_spread_kernel<T>, dim3(blocks_of(elements, 256)), dim3(256), 0, stream, p, int(summed_terms),
+                int(expand_terms(p.call)), width, elements);
+}
+
+template <class Tile>
+cudaError_t launch_shrink(const LoraShrink& p, cudaStream_t stream) {
+  const int64_t columns = shrink_terms(p.call) * p.call.rank, across = (columns + Tile::kColumns - 1) / Tile::kColumns;
+  const dim3 grid(unsigned((p.call.rows + Tile::kRows - 1) / Tile::kRows * across), unsigned(p.splits));
+  const cudaError_t error =
+      launch(lora_shrink_kernel<Tile>, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, p, columns, int(across));
+  return error == cudaSuccess ? launch_spread<typename Tile::Element>(p, shrink_terms(p.call), stream) : error;
+}
+
+}  // namespace pykernels::cuda
