@@ -298,6 +298,9 @@ class ChildTuning(Optimizer):
             work.append((group, params, grads, moments, steps, masks, runs, streams))
         if not work:
             return loss
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            shards.check_found_inf([p for _, params, *_ in work for p in params], found_inf)
         square_sum = self._square_sum(work) if work[0][0]["max_grad_norm"] is not None else None
         for group, params, *columns in work:
             self._run(group, [[shards.local(p) for p in params], *columns], square_sum)
