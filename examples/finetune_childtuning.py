@@ -39,6 +39,8 @@ EXAMPLES = """examples:
   python examples/finetune_childtuning.py --quick --data glue/CoLA --out runs/quick  # a few steps
   python examples/finetune_childtuning.py --data glue/CoLA --dtype bf16  # three epochs, three seeds
   python examples/finetune_childtuning.py --data glue/CoLA --dtype bf16 --seeds 5 --resume auto  # two seeds more
+  python examples/finetune_childtuning.py --data glue/CoLA --dtype bf16 --steps 226 --batch-size 64 --lr 2e-4 \\
+    --dropout 0 --out runs/two-epochs  # a sixth of the steps
   python examples/finetune_childtuning.py --data glue/RTE --max-length 128 --methods plain F F-scaled D --out runs/rte
 
 --data: a folder with train.tsv, dev.tsv and perhaps val.tsv in the form of CoLA or RTE
