@@ -53,7 +53,7 @@ def _on_cpu() -> dict[str, Backend]:
 
 _NAMES = ("attention_pool", "child_update", "gated_conv1d", "lora_linear")
 OPERATORS: dict[str, dict[str, Backend]] = {name: _on_cpu() for name in _NAMES}
-for _name in ("child_update", "gated_conv1d"):
+for _name in ("attention_pool", "child_update", "gated_conv1d"):
     OPERATORS[_name]["cuda"] = Backend(("cuda",), FLOATS[:3], _extension.cuda_reason or "")
 
 
