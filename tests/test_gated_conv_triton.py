@@ -1,5 +1,5 @@
-"""gated_conv1d's Triton kernels without a GPU: the PTX that Triton compiles, executed on CPU tensors by tests/ptx_on_cpu,
-for sm_80 and for sm_90 (warpgroup instructions). A second judge is Triton's interpreter, in a process of its own."""
+"""gated_conv1d's Triton kernels without a GPU: what Triton compiles for sm_80 and sm_90 (warpgroup instructions),
+executed on CPU tensors by tests/ptx_on_cpu. A second judge is Triton's interpreter, in a process of its own."""
 
 from __future__ import annotations
 
@@ -89,16 +89,33 @@ def test_sizes(dtype: str, ampere: None) -> None:
     """Odd channels, several tiles in each direction, empties, dilations beyond the sequence, many taps."""
     for case in (
         Case(B=2, L=33, C_in=1, C_out=1), Case(B=1, L=130, C_in=33, C_out=33), Case(B=0), Case(L=0), Case(K=41, L=23),
-        Case(B=3, L=0, rows="packed"), Case(L=4, padding="valid"), Case(dilation=1000), Case(dilation=2**31),
+        Case(B=3, L=0, rows="packed"), Case(L=4, padding="valid"), Case(dilation=1000),
         Case(K=1), Case(K=2, dilation=3),
     ):  # fmt: skip
         check(case, dtype)
 
 
-def test_wide_inputs_and_no_inputs(ampere: None) -> None:
+def test_more_outputs_than_inputs(ampere: None) -> None:
     check(Case(B=3, L=50, C_in=40, C_out=130, K=2, residual="none", cond="one"), "bf16")
-    check(Case(C_in=0, C_out=3, residual="none"), "fp32")
-    check(Case(C_in=3, C_out=0, residual="none"), "fp32")
+
+
+def test_no_inputs_and_no_outputs(ampere: None) -> None:
+    """PyTorch's convolution takes neither: y is that of the bias, and gradients of the empty are empty."""
+    for c_in, c_out in ((0, 3), (3, 0)):
+        inputs = {"x": torch.ones(2, 9, c_in), "weight": torch.ones(2 * c_out, c_in, 3), "bias": torch.ones(2 * c_out)}
+        got = evaluate(inputs, torch.ones_like, residual="none", backend="triton")
+        assert torch.equal(got["y"], torch.sigmoid(torch.ones(2, 9, c_out)))
+        assert got["dx"].shape == (2, 9, c_in) and (got["dx"] == 0).all() and got["dweight"].numel() == 0
+
+
+def test_dilation_beyond_32_bits(ampere: None) -> None:
+    """Only the tap in the middle reads a row, as with any dilation beyond the sequence."""
+    case = Case(dilation=1000)
+    p, dy = problem(case, torch.float32), case.dy
+    expected = trained(case, "fp32")
+    for dilation in (2**30, 2**31, 2**33 + 1):
+        options = p.options | {"dilation": dilation}
+        assert_equal(evaluate(p.inputs, dy, backend="triton", **options), expected, dilation)
 
 
 def test_long_sums_are_cut_into_parts(ampere: None) -> None:

@@ -159,7 +159,7 @@ class Call(NamedTuple):
         """Strides of a tensor like x, or like a cond of one row a sequence: from sequence to sequence, row to row and
         column to column. Packed rows are counted through all sequences."""
         if t.dim() == 2:
-            return 0, *t.stride()
+            return 0, t.stride(0), t.stride(1)
         return t.stride(0), 0 if t.shape[1] == 1 else t.stride(1), t.stride(2)
 
 
@@ -167,10 +167,10 @@ def call_of(x, weight, bias, gate_weight, gate_bias, cond, mask, lengths, cu_seq
             value_act, split, gate_dropout, gate_noise) -> Call:  # fmt: skip
     """Checks the arguments of the raw operators, which are those of pykernels._checks.check_gated_conv1d."""
     # Values on a GPU would have to be waited for; the meta device has none to look at.
-    batch = (t if t is None or not t.is_cuda else t.to("meta") for t in (mask, lengths, cu_seqlens))
+    told = [t.to("meta") if isinstance(t, Tensor) and t.is_cuda else t for t in (mask, lengths, cu_seqlens)]
     shape = check_gated_conv1d(
-        x, weight, bias, gate_weight, gate_bias, cond, *batch, seed, dilation, padding, residual, value_act, split,
-        gate_dropout, gate_noise,
+        x, weight, bias, gate_weight, gate_bias, cond, told[0], told[1], told[2], seed, dilation, padding, residual,
+        value_act, split, gate_dropout, gate_noise,
     )  # fmt: skip
     c_out, taps = shape[-1], weight.shape[2]
     reach = dilation * (taps - 1)
