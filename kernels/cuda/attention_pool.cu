@@ -83,7 +83,7 @@ __device__ __forceinline__ float block_max(float mine) {
 
 // The chunks of one sequence and head put together, for 32 columns of out. Each of eight warps sums every eighth chunk.
 template <class T>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ AttentionPool p) {
+__global__ void __launch_bounds__(kThreads, 5) combine_kernel(const __grid_constant__ AttentionPool p) {
   constexpr int kWarps = kThreads / 32;
   __shared__ float scales[kThreads], partial[kWarps][32];
   const float kLowest = __int_as_float(0xff800000);
