@@ -25,13 +25,19 @@ def _import() -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Any) -> Any:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo, and so Triton, with this package."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def why_not() -> str:
     """Why there is no Triton here, empty if there is."""
     return _import()
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def runs_on_cpu() -> bool:
     """Whether Triton runs kernels on CPU tensors at present: its interpreter, or an active driver for the CPU."""
     if _import():

@@ -307,7 +307,7 @@ def test_errors_name_the_argument(ampere: None) -> None:
         (ValueError, r"^mask: expected shape \[2, 9\], got \[2, 8\]", {"mask": torch.ones(2, 8, dtype=torch.bool)}),
         (TypeError, "^mask: expected bool", {"mask": torch.ones(2, 9)}),
         (ValueError, "^lengths: expected values from 0 to L = 9", {"lengths": torch.tensor([3, 10])}),
-        (RuntimeError, "^backend: 'triton' cannot .* float64", {"x": x.double(), "weight": weight.double()}),
+        (RuntimeError, "^backend: 'triton' cannot .*float64", {"x": x.double(), "weight": weight.double()}),
     ]:
         with pytest.raises(error, match=message):
             gated_conv1d(options.pop("x", x), options.pop("weight", weight), backend="triton", **options)
