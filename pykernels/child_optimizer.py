@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,12 @@ def check_rate(name: str, value: object, least: float = 0.0) -> None:
 def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_not_captured(params: Sequence[Any]) -> None:
+    """A captured step would repeat its masks and its number, which is on the CPU, in every replay."""
+    if any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("step: expected to be called outside of a CUDA graph's capture: masks differ between steps")
 
 
 class ChildTuning(Optimizer):
@@ -104,7 +110,8 @@ class ChildTuning(Optimizer):
     def set_masks(self, masks: Mapping[Any, Tensor]) -> None:
         """The fixed masks of mode "D", for parameters by name (where the optimizer was given named_parameters()) or by
         themselves: bool of the parameter's shape, or packed as `fisher_masks` makes them. Parameters without one train
-        normally. Moments of elements that stay selected are kept."""
+        normally. Moments of elements that stay selected are kept. To be called again after what puts other parameters
+        in the place of these, as accelerate's prepare() does under FSDP."""
         if not isinstance(masks, Mapping):
             raise TypeError(f"masks: expected a mapping, got {type(masks).__name__}")
         by_name: dict[str, Tensor] = {}
@@ -122,6 +129,8 @@ class ChildTuning(Optimizer):
             if group_of[id(p)]["mode"] != "D":
                 raise ValueError(f"masks: expected mode 'D' with masks, got {group_of[id(p)]['mode']!r}")
             packed[id(p)] = child_state.local_mask(f"masks[{key!r}]" if isinstance(key, str) else "masks", p, mask)
+        for p in self._replaced():
+            del self.state[p]
         # All of the state is made now, so that it is there to be loaded into.
         for number, (group, p) in enumerate(self._all()):
             if p.requires_grad and p not in self.state:
@@ -132,6 +141,11 @@ class ChildTuning(Optimizer):
     set_gradient_mask = set_masks
 
     # --- state ---
+
+    def _replaced(self) -> list[Tensor]:
+        """Tensors that have a state and are parameters no more."""
+        params = {id(p) for _, p in self._all()}
+        return [p for p in self.state if id(p) not in params]
 
     def _compacts(self, group: Mapping[str, Any]) -> bool:
         return bool(group["compact"]) and group["mode"] == "D"
@@ -245,6 +259,9 @@ class ChildTuning(Optimizer):
             if grad.layout != torch.strided:
                 raise TypeError(f"params: expected dense gradients, got {grad.layout}")
             if p not in self.state or not self.state[p]:
+                if any("mask" in self.state[other] for other in self._replaced()):
+                    wanted = "the parameters that masks were given for"
+                    raise ValueError(f"params: expected {wanted}, got others in their place: call set_masks(...) again")
                 number = next(i for i, (_, other) in enumerate(self._all()) if other is p)
                 self._begin(group, p, number, None)
             state = self.state[p]
@@ -287,6 +304,10 @@ class ChildTuning(Optimizer):
             work.append((group, params, grads, moments, steps, masks, runs, streams))
         if not work:
             return loss
+        check_not_captured([params[0] for _, params, *_ in work])
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            shards.check_found_inf([p for _, params, *_ in work for p in params], found_inf)
         square_sum = self._square_sum(work) if work[0][0]["max_grad_norm"] is not None else None
         for group, params, *columns in work:
             self._run(group, [[shards.local(p) for p in params], *columns], square_sum)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,6 +78,28 @@ def sum_over_shards(p: Any, value: Tensor) -> Tensor:
 
     placements = [Replicate() if place.is_replicate() else Partial() for place in p.placements]
     return DTensor.from_local(value, p.device_mesh, placements, run_check=False).full_tensor()
+
+
+def check_found_inf(params: Sequence[Any], found_inf: Tensor) -> None:
+    """RuntimeError, on all processes, where only some have a gradient that is not finite and would leave the step out.
+
+    GradScaler takes the maximum over the processes among which the first gradient is shared out: all of them, where
+    parameters are placed alike. Otherwise processes can differ, in their next scale too.
+    """
+    placed = {layout(p): p for p in params if is_sharded(p)}
+    if len(placed) < 2:
+        return
+    from torch.distributed.tensor import DTensor, Partial
+
+    differ = []
+    for mesh, p in {p.device_mesh: p for p in placed.values()}.items():
+        flag = (found_inf != 0).to(local(p).device, torch.float32)
+        count = DTensor.from_local(flag, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor().item()
+        if 0 < count < mesh.size():
+            differ.append(f"on {count:g} of {mesh.size()} processes")
+    if differ:
+        wanted = "the same on all processes (GradScaler: with a first parameter that is sharded over all of them)"
+        raise RuntimeError(f"found_inf: expected {wanted}, got gradients that are not finite {' and '.join(differ)}")
 
 
 def layout(p: Any) -> Any:

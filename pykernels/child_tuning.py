@@ -45,7 +45,8 @@ class ChildTuningAdamW(ChildTuning):
         backend: "reference", "cpu", "cuda", "triton", or "auto"; None: what `set_backend` or PYKERNELS_BACKEND says.
 
     Raises TypeError for types and dtypes, ValueError for values, RuntimeError for a named backend that cannot serve.
-    GradScaler's grad_scale and found_inf are applied in the step.
+    GradScaler's grad_scale and found_inf are applied in the step; where only some of the processes that share sharded
+    parameters found infinity, all raise RuntimeError.
     """
 
     moments = ("exp_avg", "exp_avg_sq")

@@ -43,6 +43,9 @@ def fisher_masks(
     as lie at or above their (1 - reserve_p) quantile: entries equal to the k-th are all reserved, so that ties (many
     entries without gradient, say) reserve more than k. The k-th value is exact, found by counting bit patterns.
 
+    With LoRA one factor begins at zero and the other has no gradient then: masks that are taken before some steps of
+    training leave it out, and it is never trained.
+
     Args:
         model: in the mode that it is in (the paper's code leaves dropout on). Gradients that it holds are left alone.
         loss_fn: loss_fn(model, batch) -> 0-d loss, the batch's mean.

@@ -26,6 +26,7 @@ def loraplus_param_groups(
     *,
     weight_decay: float | None = None,
     lr_embedding: float = 1e-6,
+    named: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer, of a model with LoRALinear layers or of a PEFT model.
 
@@ -41,6 +42,8 @@ def loraplus_param_groups(
         ratio: a number > 0, or "article" for the article's ratio of each layer. Then B becomes a group for each ratio
             that occurs; tensors of one dimension, of which the article does not speak, have lr.
         weight_decay: of the first three groups; None leaves it to the optimizer's own argument.
+        named: tell the optimizer the parameters' names, by which ChildTuning's masks are given. All groups of an
+            optimizer have names or none has.
 
     With ratio 1, without LoRA embeddings and without decayed biases or norms the optimizer makes the steps that it
     makes on `model.parameters()`, bit for bit. A group's "name" is for logs; optimizers keep it and do not use it.
@@ -81,12 +84,17 @@ def loraplus_param_groups(
 
     plain = 1.0 if ratio == "article" else float(ratio)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    return [
+    groups: list[dict[str, Any]] = [
         {"name": "A", "params": input_side, "lr": lr, **decay},
         {"name": "embedding", "params": embedding, "lr": lr_embedding, **decay},
         *({"name": "B", "params": ps, "lr": lr * own, **decay} for own, ps in output_side.items()),
         {"name": "B_no_decay", "params": no_decay, "lr": lr * plain, "weight_decay": 0.0},
     ]
+    if named:
+        names = {id(p): name for name, p in model.named_parameters()}
+        # As pairs in "params" an empty group would count as one without names.
+        groups = [{**group, "param_names": [names[id(p)] for p in group["params"]]} for group in groups]
+    return groups
 
 
 def _norm_parameters(model: nn.Module) -> set[int]:

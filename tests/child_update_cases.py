@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pykernels import ChildTuningAdamW, ChildTuningSGD
+from pykernels.random_bits import keep_threshold
 
 # Around vectors, bytes of bits, draws at a time, blocks and units of work; none at all.
 SIZES = ((1,), (7,), (0, 3), (17,), (8, 64), (3, 171), (4095,), (5, 820), (66, 1000))
@@ -44,3 +45,16 @@ def make(kind: str, params: list[Tensor], **options: Any) -> Any:
 
 def with_masks(params: list[Tensor], masks: list[Tensor]) -> dict[Tensor, Tensor]:
     return dict(zip(params, masks, strict=True))
+
+
+def drawn_by_a_step(numel: int, p: float, seed: int, stream: int, done: int, runs: Tensor | None = None) -> Tensor:
+    """Which elements the compiled step keeps: with gradients 1 and lr 1, SGD's update is the factor of each element."""
+    w, grad = torch.zeros(numel), torch.ones(numel)
+    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    torch.ops.pykernels._child_sgd_(
+        [w], [grad], [], [torch.tensor(float(done))], [None], [runs], [stream], None, None, None, one, zero,
+        0.0, 0.0, False, p, 0.0, seed, "grad", "all", False, False,
+    )  # fmt: skip
+    scale = torch.tensor(65536 / keep_threshold(p))
+    assert ((w == 0) | (w == -scale)).all()
+    return w != 0

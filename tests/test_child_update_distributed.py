@@ -130,6 +130,87 @@ def test_the_parameters_of_one_process(world: int, layouts: list[str], tmp_path:
                 assert torch.equal(got[name], p), f"{layout} {kind} {backend} {name}"
 
 
+# --- GradScaler ---
+
+
+BAD = 1  # the step whose gradient is not finite, in one element of one process
+
+
+def scaled_steps(model: nn.Module, own: torch.optim.Optimizer, name: str) -> float:
+    """Steps with scaled gradients, of which one has an infinity in the last element of a parameter; the last scale."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=1000)
+    scaler.scale(torch.zeros(()))
+    for t in range(STEPS + 1):
+        generator = torch.Generator().manual_seed(100 + t)
+        for key, p in model.named_parameters():
+            grad = torch.randn(p.shape, generator=generator) * scaler.get_scale()
+            if t == BAD and key == name:
+                grad.view(-1)[-1] = float("inf")
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
+        scaler.step(own)
+        scaler.update()
+    return scaler.get_scale()
+
+
+def placed(order: str) -> nn.Module:
+    """Two parameters, one of which all processes have whole: a layout by which GradScaler may not reduce."""
+    model, mesh = nn.Module(), init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    placements = {"whole": Replicate(), "rows": Shard(0)}
+    for name in order.split():
+        tensor = distribute_tensor(torch.ones(4, 3), mesh, [placements[name]])
+        model.register_parameter(name, nn.Parameter(tensor))
+    return model
+
+
+def scaled(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        for backend in BACKENDS:
+            pykernels.set_backend(backend)
+            for layout, kind in itertools.product(("fsdp", "columns"), ("AdamW F", "AdamW D", "AdamW F clipped")):
+                model = shard(Model(), layout)
+                own = optimizer(model, kind, masks_of(Model()))
+                scale = scaled_steps(model, own, "a")
+                counts = {int(own.state[p]["step"]) for p in model.parameters()}
+                torch.save((values(model), scale, counts), f"{folder}/{layout} {kind} {backend} {rank}.pt")
+            for order in ("rows whole", "whole rows"):
+                model, said = placed(order), ""
+                before = {name: p.clone() for name, p in values(model).items()}
+                try:
+                    scaled_steps(model, ChildTuningAdamW(model.parameters(), lr=0.1), "rows")
+                except RuntimeError as error:
+                    said = str(error)
+                moved = {name: not torch.equal(p, before[name]) for name, p in values(model).items()}
+                torch.save((said, moved), f"{folder}/{order} {backend} {rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_infinity_on_one_process_leaves_the_step_out_on_all(tmp_path: Path) -> None:
+    """As in one process, bit for bit, and the next scale too; where GradScaler cannot know of it, all refuse."""
+    mp.spawn(scaled, (2, str(tmp_path)), nprocs=2)
+    for backend in BACKENDS:
+        for kind in ("AdamW F", "AdamW D", "AdamW F clipped"):
+            pykernels.set_backend(backend)
+            try:
+                model = Model()
+                assert scaled_steps(model, optimizer(model, kind, masks_of(model)), "a") == 8.0
+            finally:
+                pykernels.set_backend(None)
+            for layout, rank in itertools.product(("fsdp", "columns"), range(2)):
+                got, scale, counts = torch.load(tmp_path / f"{layout} {kind} {backend} {rank}.pt")
+                assert scale == 8.0 and counts == {STEPS}, f"{layout} {kind} {rank}"
+                for name, p in values(model).items():
+                    assert torch.equal(got[name], p), f"{layout} {kind} {backend} {rank} {name}"
+        for rank in range(2):
+            assert torch.load(tmp_path / f"rows whole {backend} {rank}.pt") == ("", {"rows": True, "whole": True})
+            said, moved = torch.load(tmp_path / f"whole rows {backend} {rank}.pt")
+            assert said.startswith("found_inf: expected the same on all processes (GradScaler: with a first parameter")
+            assert said.endswith("got gradients that are not finite on 1 of 2 processes")
+            assert moved == {"rows": True, "whole": True}, "by the steps before"
+
+
 # --- checkpoints ---
 
 

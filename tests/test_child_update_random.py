@@ -1,4 +1,4 @@
-"""ChildTuning's optimizers: the drawn masks, and stochastic rounding."""
+"""ChildTuning's optimizers: the bits of the drawn masks, and stochastic rounding."""
 
 from __future__ import annotations
 
@@ -6,23 +6,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from pykernels import ChildTuningAdamW, ChildTuningSGD, child_update
 from pykernels.random_bits import draws16_at, keep_threshold
-
-
-def drawn_by_a_step(numel: int, p: float, seed: int, stream: int, done: int, runs: Tensor | None = None) -> Tensor:
-    """Which elements the compiled step keeps: with gradients 1 and lr 1, SGD's update is the factor of each element."""
-    w, grad = torch.zeros(numel), torch.ones(numel)
-    one, zero = torch.tensor(1.0), torch.tensor(0.0)
-    torch.ops.pykernels._child_sgd_(
-        [w], [grad], [], [torch.tensor(float(done))], [None], [runs], [stream], None, None, None, one, zero,
-        0.0, 0.0, False, p, 0.0, seed, "grad", "all", False, False,
-    )  # fmt: skip
-    scale = torch.tensor(65536 / keep_threshold(p))
-    assert ((w == 0) | (w == -scale)).all()
-    return w != 0
+from tests.child_update_cases import drawn_by_a_step
 
 
 @pytest.mark.parametrize("p", [2**-16, 0.2, 0.3, 0.5, 1.0])
@@ -78,43 +65,6 @@ def test_steps_and_parameters_draw_their_own_bits(backend: str) -> None:
     own.param_groups[2]["params"][0].grad = torch.ones(9)
     own.step()
     assert own.state[own.param_groups[2]["params"][0]]["stream"] == 4
-
-
-@pytest.mark.no_poison
-@pytest.mark.parametrize("p", [0.2, 0.3])
-def test_statistics_of_many_draws(p: float, extension: object) -> None:
-    """10^8 draws over 100 steps: mean, variance and chi-square of bytes of mask bits, and of neighbouring steps."""
-    numel, rounds = 1_000_000, 100
-    q = keep_threshold(p) / 65536
-    counts, kept, both, before = torch.zeros(256), 0, 0, None
-    for t in range(rounds):
-        mask = drawn_by_a_step(numel, p, 99, 2, t)
-        kept += int(mask.sum())
-        counts += torch.bincount(child_update.pack_mask(mask).long(), minlength=256)
-        if before is not None:
-            both += int((mask & before).sum())
-        before = mask
-    n = numel * rounds
-    assert abs(kept - n * q) < 4.5 * math.sqrt(n * q * (1 - q))
-    pairs = n - numel
-    assert abs(both - pairs * q * q) < 4.5 * math.sqrt(pairs * q * q * (1 - q * q))
-    ones = torch.tensor([bin(i).count("1") for i in range(256)]).double()
-    wanted = (n // 8) * q**ones * (1 - q) ** (8 - ones)
-    chi_square = ((counts.double() - wanted) ** 2 / wanted).sum().item()
-    assert abs(chi_square - 255) < 4.5 * math.sqrt(2 * 255)
-
-
-def test_variance_of_the_masked_gradient(extension: object) -> None:
-    """E[g m / p] = E[g], and its variance is s^2 + (1 - p) / p (mu^2 + s^2), with mean mu and variance s^2 of g."""
-    p, mu, s, n = 0.3, 0.7, 1.3, 4_000_000
-    grad = torch.randn(n, generator=torch.Generator().manual_seed(0)) * s + mu
-    w = torch.zeros(n, requires_grad=True)
-    w.grad = grad
-    ChildTuningSGD([w], lr=1.0, reserve_p=p, seed=1).step()
-    masked = -w.detach().double()
-    expected = s**2 + (1 - p) / p * (mu**2 + s**2)
-    assert abs(masked.mean().item() - mu) < 5 * math.sqrt(expected / n)
-    assert masked.var().item() == pytest.approx(expected, rel=0.02)
 
 
 def test_stochastic_rounding(backend: str) -> None:

@@ -15,6 +15,7 @@ from pykernels.models.files import write_atomically
 from .config import parse
 from .options import Options
 from .run import Refused
+from .stop import Stopped
 from .training import Diverged, Trainer
 
 C = TypeVar("C", bound=Options)
@@ -32,8 +33,9 @@ def run_example(
 ) -> int:
     """Calls work(configuration of the command line), on as many threads as that says, and returns the exit status.
 
-    That is what `work` returns, 2 for what is refused or not installed, 3 for a loss that is not finite, with a message
-    that begins with the file name of `script`. Wrong arguments end the process with status 2, as in `parse`.
+    That is what `work` returns, 2 for what is refused or not installed, 3 for a loss that is not finite, 130 where it
+    was stopped, with a message that begins with the file name of `script`. Wrong arguments end the process with status
+    2, as in `parse`.
     """
     config = parse(cls, argv, description=description, epilog=epilog, presets=presets)
     if config.threads:
@@ -43,6 +45,10 @@ def run_example(
     except (Refused, ModuleNotFoundError, Diverged) as error:
         print(f"{Path(script).name}: {error}", file=sys.stderr)
         return 3 if isinstance(error, Diverged) else 2
+    except Stopped:
+        again = "--resume auto goes on after the runs that are finished"
+        print(f"{Path(script).name}: stopped in {config.out}; {again}", file=sys.stderr)
+        return 130
 
 
 def finish(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +36,8 @@ class Results:
     def __setitem__(self, name: str, value: Any) -> None:
         self._done[name] = value
         write_json(self.run.checkpoint, self._done)
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}"

@@ -6,11 +6,20 @@ import signal
 from types import FrameType, TracebackType
 
 
+class Stopped(Exception):
+    """By a signal; ends an example with status 130."""
+
+
 class Stop:
     """`requested` turns True at the first SIGINT or SIGTERM; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.requested = False
+
+    def check(self) -> None:
+        """Raises Stopped where it was requested."""
+        if self.requested:
+            raise Stopped
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

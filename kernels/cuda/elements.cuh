@@ -55,6 +55,12 @@ __device__ __forceinline__ void load_eight(float (&v)[8], const T* p, int n, boo
   }
 }
 
+// As one instruction: left to itself, the compiler splits a 16-byte store into its elements.
+__device__ __forceinline__ void store_piece(uint4* p, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // p[i] = v[i] for i < n.
 template <class T>
 __device__ __forceinline__ void store_eight(T* p, const float (&v)[8], int n, bool wide) {
@@ -63,7 +69,7 @@ __device__ __forceinline__ void store_eight(T* p, const float (&v)[8], int n, bo
   for (int i = 0; i < 8; i++) eight.elements[i] = from_float<T>(v[i]);
   if (wide) {
 #pragma unroll
-    for (int i = 0; i < Eight<T>::kPieces; i++) reinterpret_cast<uint4*>(p)[i] = eight.pieces[i];
+    for (int i = 0; i < Eight<T>::kPieces; i++) store_piece(reinterpret_cast<uint4*>(p) + i, eight.pieces[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; i++) {

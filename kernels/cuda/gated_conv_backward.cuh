@@ -10,10 +10,15 @@ namespace pykernels::cuda {
 // ---- dh, dcond, sums of dh -----------------------------------------------------------------------------------------------------------
 
 constexpr int kGateThreads = 256;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kGateBlocks = 2;  // three would spill
+#else
+constexpr int kGateBlocks = 3;
+#endif
 
 // A thread has eight columns and every blockDim.y-th row of the block's sum_rows.
 template <class T>
-__global__ void __launch_bounds__(kGateThreads) gate_backward_kernel(const __grid_constant__ GatedConv p) {
+__global__ void __launch_bounds__(kGateThreads, kGateBlocks) gate_backward_kernel(const __grid_constant__ GatedConv p) {
   __shared__ float partial[kGateThreads][16 + 1];
   const int64_t column = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * 8;
   const int64_t begin = int64_t(blockIdx.x) * p.sum_rows, end = begin + p.sum_rows < p.out_rows ? begin + p.sum_rows : p.out_rows;
