@@ -27,10 +27,9 @@ pytestmark = [
 DTYPES = ["fp32", "bf16", "fp16"]
 
 
-@pytest.fixture(scope="module")
-def library() -> ptx_on_cpu.Library:
-    """No instruction differs between capabilities: one stands for all."""
-    return build_operator("lora_linear", "80", "lora_linear_arguments")
+@pytest.fixture(scope="module", params=["80", "90"])
+def library(request: pytest.FixtureRequest) -> ptx_on_cpu.Library:
+    return build_operator("lora_linear", request.param, "lora_linear_arguments")
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -43,7 +42,8 @@ def emulated(
         module = importlib.import_module(f"pykernels.{name}")
         monkeypatch.setattr(module, "_fwd", getattr(operators, f"_{name}_fwd").default)
         monkeypatch.setattr(module, "_bwd", getattr(operators, f"_{name}_bwd").default)
-    options = {"schedule": SCHEDULES[request.param], "capability": 80, "processors": 4}
+    capability = int(library.namespace[-2:])
+    options = {"schedule": SCHEDULES[request.param], "capability": capability, "processors": 4}
     with library.runtime.options(**options), library.runtime.bounds():
         yield "cpu"
 
@@ -91,7 +91,7 @@ def test_few_rows(dtype: str, emulated: str) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_tiles(dtype: str, transposed: bool, emulated: str) -> None:
-    """What a long input uses, with rows of several adapters in a tile and dropout in both passes."""
+    """What a long input uses, on Hopper by warpgroup instructions; rows of several adapters in a tile, and dropout."""
     for case in (
         LoraCase(leading=(300,), K=136, N=136, R=8, dropout=0.2, transposed=transposed),
         LoraCase(leading=(260,), K=144, N=136, R=3, E=3, float_adapters=True, transposed=transposed),

@@ -141,7 +141,7 @@ struct Accumulators<ColumnsTile<WarpgroupTile<Math, kRows, kStages>>> : Accumula
 
 template <class Math, int kRows, int kStages, class Source, class Arrived>
 __device__ __forceinline__ void continue_product(Accumulators<ColumnsTile<WarpgroupTile<Math, kRows, kStages>>>& sums, Source& source,
-                                                 int64_t steps, char* shared, Arrived arrived) {
+                                                 int steps, char* shared, Arrived arrived) {
   using Tile = ColumnsTile<WarpgroupTile<Math, kRows, kStages>>;
   continue_warpgroups<Tile>(sums, source, steps, shared, arrived, [&](uint32_t from_a, uint32_t from_b) {
     const uint64_t a = operand_descriptor(from_a), b = operand_descriptor(from_b, Tile::kBlockBytes);

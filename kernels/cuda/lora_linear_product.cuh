@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(Tile::kThreads) lora_product_kernel(const __gr
   } else {
     parts.adapters.none();
   }
-  LoraSource<Tile> source(parts, rows_left<Tile::kRows>(p.call.rows - row0), rows_left<Tile::kColumns>(p.columns - column0));
+  LoraSource<Tile> source(parts, count_left<Tile::kRows>(p.call.rows - row0), count_left<Tile::kColumns>(p.columns - column0));
 
   Accumulators<Tile> sums;
   Accumulators<typename Tile::Base>& base = sums;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(Tile::kThreads) lora_product_kernel(const __gr
     if (p.drop) drop_sums(base, p.call, row0, column0);
     continue_product(sums, source, source.weight_steps(), shared, unchanged);
   } else {
-    int64_t steps = source.low_steps() + (p.drop ? 0 : source.weight_steps());
+    int steps = source.low_steps() + (p.drop ? 0 : source.weight_steps());
 #pragma unroll 1
     for (int part = 0; part < (p.drop ? 2 : 1); part++) {  // one copy of the code
       continue_product(base, source, steps, shared, unchanged);

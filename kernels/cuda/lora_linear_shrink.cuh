@@ -67,7 +67,7 @@ __device__ __forceinline__ void shrink_tile(const LoraShrink& p, int64_t columns
     parts.fallback = static_cast<const char*>(p.rows.data);
   }
   parts.adapters.find(p.call, row0);
-  LoraSource<Tile> source(parts, rows_left<Tile::kRows>(p.call.rows - row0), rows_left<Tile::kColumns>(columns - column0));
+  LoraSource<Tile> source(parts, count_left<Tile::kRows>(p.call.rows - row0), count_left<Tile::kColumns>(columns - column0));
   Accumulators<typename Tile::Base> sums;
   sums.clear();
   if (p.drop) {

@@ -81,7 +81,7 @@ struct TileAdapters {
 };
 
 template <int kMost>
-__device__ __forceinline__ int rows_left(int64_t n) {
+__device__ __forceinline__ int count_left(int64_t n) {
   return int(n < kMost ? n : kMost);
 }
 
@@ -115,25 +115,29 @@ class LoraSource {
     begin_part();
   }
 
-  __device__ __forceinline__ int64_t low_steps() const { return parts_.adapters.count * steps_of(parts_.low.end - parts_.low.begin); }
-  __device__ __forceinline__ int64_t weight_steps() const { return steps_of(parts_.weight.end); }
+  __device__ __forceinline__ int low_steps() const { return parts_.adapters.count * steps_of(parts_.low.end - parts_.low.begin); }
+  __device__ __forceinline__ int weight_steps() const { return steps_of(parts_.weight.end); }
 
   __device__ __forceinline__ void copy(uint32_t a, uint32_t b) {
     const bool inside = threadIdx.x % Tile::kRowThreads * 16 < left_;
     const uint32_t to = Tile::swizzled(row(), threadIdx.x % Tile::kRowThreads);
+    // Read anew at each step: the sums leave few registers.
+    const LoraPart& part = part_ < parts_.adapters.count ? parts_.low : parts_.weight;
+    const int64_t a_pass = Tile::kPassRows * part.a_row;
     const char* from = a_;
 #pragma unroll
-    for (int i = 0; i < Tile::kARows; i++, from += Tile::kPassRows * a_row_) {
+    for (int i = 0; i < Tile::kARows; i++, from += a_pass) {
       const bool valid = inside && (rows_ >> i & 1);
       copy_async(a + to + i * Tile::kPassRows * Tile::kStepBytes, valid ? from : parts_.fallback, valid);
     }
     a_ += Tile::kStepBytes;
     if (Tile::kColumnsAdjacent && part_ == parts_.adapters.count) {
-      copy_columns(b);
+      copy_columns(b, part.b_row);
     } else {
+      const int64_t b_pass = Tile::kPassRows * part.b_row;
       from = b_;
 #pragma unroll
-      for (int i = 0; i < Tile::kBRows; i++, from += Tile::kPassRows * b_row_) {
+      for (int i = 0; i < Tile::kBRows; i++, from += b_pass) {
         const bool valid = inside && row() + i * Tile::kPassRows < columns_;
         copy_async(b + to + i * Tile::kPassRows * Tile::kStepBytes, valid ? from : parts_.fallback, valid);
       }
@@ -148,15 +152,13 @@ class LoraSource {
 
  private:
   __device__ __forceinline__ static int row() { return threadIdx.x / Tile::kRowThreads; }
-  __device__ __forceinline__ static int64_t steps_of(int64_t bytes) { return (bytes + Tile::kStepBytes - 1) / Tile::kStepBytes; }
+  __device__ __forceinline__ static int steps_of(int64_t bytes) { return int((bytes + Tile::kStepBytes - 1) / Tile::kStepBytes); }
 
   __device__ __forceinline__ void begin_part() {
     const bool low = part_ < parts_.adapters.count;
     const LoraPart& part = low ? parts_.low : parts_.weight;
     const int adapter = low ? parts_.adapters.list[part_] : 0;
     const int64_t column = part.begin + threadIdx.x % Tile::kRowThreads * 16;
-    a_row_ = part.a_row;
-    b_row_ = part.b_row;
     a_ = part.a + row() * part.a_row + column;
     b_ = part.b + adapter * part.b_adapter;
     if (!Tile::kColumnsAdjacent || low) b_ += row() * part.b_row + column;
@@ -171,16 +173,16 @@ class LoraSource {
   }
 
   // Rows of the inner dimension, each with the tile's columns.
-  __device__ __forceinline__ void copy_columns([[maybe_unused]] uint32_t b) {
+  __device__ __forceinline__ void copy_columns([[maybe_unused]] uint32_t b, [[maybe_unused]] int64_t row_bytes) {
     if constexpr (Tile::kColumnsAdjacent) {
       constexpr int kChunks = Tile::kColumns * kSize / 16;
 #pragma unroll
       for (int i = 0; i < Tile::kBRows; i++) {
         const int index = threadIdx.x + i * Tile::kThreads, inner = index / kChunks, chunk = index % kChunks;
         const bool valid = inner_ + inner < parts_.depth && chunk * 16 < parts_.columns_end;
-        copy_async(b + Tile::column_address(inner, chunk), valid ? b_ + inner * b_row_ + chunk * 16 : parts_.fallback, valid);
+        copy_async(b + Tile::column_address(inner, chunk), valid ? b_ + inner * row_bytes + chunk * 16 : parts_.fallback, valid);
       }
-      b_ += Tile::kDepth * b_row_;
+      b_ += Tile::kDepth * row_bytes;
       inner_ += Tile::kDepth;
     }
   }
@@ -188,7 +190,7 @@ class LoraSource {
   const LoraParts<Tile>& parts_;
   int part_, existing_, columns_;
   const char *a_, *b_;  // of this thread's first row, or for columns side by side of the step
-  int64_t a_row_, b_row_, left_, inner_;
+  int64_t left_, inner_;
   uint32_t rows_;
 };
 

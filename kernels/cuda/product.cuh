@@ -134,7 +134,7 @@ struct Accumulators {
 // Adds to the sums. source.copy(a, b) begins the copies of the next step into a stage; it is called `steps` times in all. arrived(a) may
 // change what this thread has copied of the operand a of the next product.
 template <class Tile, class Source, class Arrived>
-__device__ __forceinline__ void continue_product(Accumulators<Tile>& sums, Source& source, int64_t steps, char* shared, Arrived arrived) {
+__device__ __forceinline__ void continue_product(Accumulators<Tile>& sums, Source& source, int steps, char* shared, Arrived arrived) {
   const uint32_t base = shared_address(shared);
 #pragma unroll
   for (int s = 0; s < Tile::kStages - 1; s++) {
@@ -142,7 +142,7 @@ __device__ __forceinline__ void continue_product(Accumulators<Tile>& sums, Sourc
     commit_copies();
   }
   int read = 0, write = Tile::kStages - 1;
-  for (int64_t step = 0; step < steps; step++) {
+  for (int step = 0; step < steps; step++) {
     wait_copies<Tile::kStages - 2>();
     arrived(base + read * Tile::kStageBytes);
     __syncthreads();  // what all threads copied is there, and the stage to be overwritten has been read
@@ -161,7 +161,7 @@ __device__ __forceinline__ void continue_product(Accumulators<Tile>& sums, Sourc
 template <class Tile, class Source>
 __device__ __forceinline__ void run_product(Accumulators<Tile>& sums, Source& source, int64_t steps, char* shared) {
   sums.clear();
-  continue_product(sums, source, steps, shared, [](uint32_t) {});
+  continue_product(sums, source, int(steps), shared, [](uint32_t) {});
 }
 
 // Calls use(row of the tile, column of the tile, v) with v[g] the eight sums from column + 32 g on, kTogether groups at a time. They go

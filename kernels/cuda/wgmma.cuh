@@ -104,7 +104,7 @@ __device__ __forceinline__ void warpgroup_publish() {
 // As continue_product of product.cuh; multiply(a, b) begins the products of a stage at these addresses. A stage is overwritten after its
 // products are complete, which is one step later.
 template <class Tile, class Sums, class Source, class Arrived, class Multiply>
-__device__ __forceinline__ void continue_warpgroups(Sums& sums, Source& source, int64_t steps, char* shared, Arrived arrived,
+__device__ __forceinline__ void continue_warpgroups(Sums& sums, Source& source, int steps, char* shared, Arrived arrived,
                                                     Multiply multiply) {
   const uint32_t base = shared_address(shared), a_offset = threadIdx.x / 128 * 64 * Tile::kStepBytes;
   constexpr uint32_t b_offset = Tile::kRows * Tile::kStepBytes;
@@ -114,7 +114,7 @@ __device__ __forceinline__ void continue_warpgroups(Sums& sums, Source& source, 
     commit_copies();
   }
   int read = 0, write = Tile::kStages - 1;
-  for (int64_t step = 0; step < steps; step++) {
+  for (int step = 0; step < steps; step++) {
     wait_copies<Tile::kStages - 2>();
     warpgroup_wait(sums);
     const uint32_t stage = base + read * Tile::kStageBytes;
@@ -135,7 +135,7 @@ __device__ __forceinline__ void continue_warpgroups(Sums& sums, Source& source, 
 }
 
 template <class Math, int kRows, int kStages, class Source, class Arrived>
-__device__ __forceinline__ void continue_product(Accumulators<WarpgroupTile<Math, kRows, kStages>>& sums, Source& source, int64_t steps,
+__device__ __forceinline__ void continue_product(Accumulators<WarpgroupTile<Math, kRows, kStages>>& sums, Source& source, int steps,
                                                  char* shared, Arrived arrived) {
   using Tile = WarpgroupTile<Math, kRows, kStages>;
   continue_warpgroups<Tile>(sums, source, steps, shared, arrived, [&](uint32_t from_a, uint32_t from_b) {
