@@ -4,7 +4,6 @@ CPU tests. References are computed on the CPU, but for large cases."""
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,29 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pykernels import _backend, _extension, dora_linear, lora_linear, lora_linear_stacked
+from pykernels import _backend, dora_linear, lora_linear, lora_linear_stacked
 from tests.helpers import FLOATS, LAYOUTS, SIZES, Results, assert_equal
 from tests.lora_linear_cases import LoraCase, LoraProblem, evaluate, problem
+from tests.on_gpu import DTYPES, KERNEL_MARKS, on
 from tests.test_dora_linear import tensors as dora_tensors
 from tests.test_lora_linear_stacked import SCALES
 from tests.test_lora_linear_stacked import problem as stacked_problem
 
-# What PyTorch wants of cuBLAS for deterministic algorithms; read when CUDA is first used.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-HAS_GPU = torch.version.cuda is not None and torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not HAS_GPU, reason="needs a GPU"),
-    pytest.mark.skipif(_extension.cuda_reason is not None, reason=f"no CUDA kernels: {_extension.cuda_reason}"),
-]
-DTYPES = ["fp32", "bf16", "fp16"]
-
-
-def on(device: str, value: Any) -> Any:
-    """Tensors in dictionaries and alone on that device, with their strides."""
-    if isinstance(value, dict):
-        return {name: on(device, v) for name, v in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
+pytestmark = KERNEL_MARKS
 
 
 def run(inputs: dict[str, Tensor], dy: Any, **options: Any) -> Results:

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import random
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from pykernels import lora_linear, lora_linear_multi
 from tests import ptx_on_cpu
 from tests import test_dora_linear as dora
 from tests import test_lora_linear_stacked as stacked
-from tests.emulated_cuda import SCHEDULES, build_operator
+from tests.emulated_cuda import SCHEDULES, build_operator, emulating
 from tests.helpers import FLOATS, LAYOUTS, assert_equal
 from tests.lora_linear_cases import LoraCase, check_case, evaluate, problem
 
@@ -33,18 +34,12 @@ def library(request: pytest.FixtureRequest) -> ptx_on_cpu.Library:
 
 
 @pytest.fixture(params=SCHEDULES)
-def emulated(
-    request: pytest.FixtureRequest, library: ptx_on_cpu.Library, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
+def emulated(request: pytest.FixtureRequest, library: ptx_on_cpu.Library) -> Iterator[str]:
     """backend="cpu" calls the emulated CUDA kernels."""
-    operators = getattr(torch.ops, library.namespace)
-    for name in ("lora_linear", "lora_linear_stacked"):
-        module = importlib.import_module(f"pykernels.{name}")
-        monkeypatch.setattr(module, "_fwd", getattr(operators, f"_{name}_fwd").default)
-        monkeypatch.setattr(module, "_bwd", getattr(operators, f"_{name}_bwd").default)
-    capability = int(library.namespace[-2:])
-    options = {"schedule": SCHEDULES[request.param], "capability": capability, "processors": 4}
-    with library.runtime.options(**options), library.runtime.bounds():
+    with ExitStack() as stack:
+        for name in ("lora_linear", "lora_linear_stacked"):
+            names = {"_fwd": f"_{name}_fwd", "_bwd": f"_{name}_bwd"}
+            stack.enter_context(emulating(library, request.param, f"pykernels.{name}", **names))
         yield "cpu"
 
 
