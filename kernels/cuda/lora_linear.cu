@@ -28,7 +28,11 @@ cudaError_t pykernels_cuda_lora_linear_sums(const LoraSums* p, cudaStream_t stre
 cudaError_t pykernels_cuda_lora_linear_shrink_and_sums(const LoraShrink* low, const LoraSums* p, cudaStream_t stream) {
   return launchers_of(p->call).shrink_and_sums(*low, *p, stream);
 }
-cudaError_t pykernels_cuda_lora_linear_few(const LoraFew* p, cudaStream_t stream) { return launchers_of(p->call).few(*p, stream); }
+cudaError_t pykernels_cuda_lora_linear_few(const LoraFew* p, cudaStream_t stream) {
+  LoraCall call = p->call;
+  call.tf32 = false;
+  return launchers_of(call).few(*p, stream);
+}
 
 }  // extern "C"
 

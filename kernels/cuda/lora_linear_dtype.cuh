@@ -52,17 +52,21 @@ cudaError_t product_of(const LoraProduct& p, cudaStream_t stream) {
 template <class Hopper, class Large, class Small>
 cudaError_t product(const LoraProduct& p, cudaStream_t stream) {
   if (!fills_device(p.call.rows, p.columns, Large::kRows, Large::kColumns)) return product_of<Small>(p, stream);
+#if defined(PYKERNELS_SM90A)
   if constexpr (!std::is_void_v<Hopper>) {
     if (is_hopper()) return product_of<Hopper>(p, stream);
   }
+#endif
   return product_of<Large>(p, stream);
 }
 
 template <class HopperSums, class Sums>
 cudaError_t sums(const LoraSums& p, cudaStream_t stream) {
+#if defined(PYKERNELS_SM90A)
   if constexpr (!std::is_void_v<HopperSums>) {
     if (is_hopper() && p.b.width > Sums::kColumns) return launch_sums<HopperSums>(p, stream);
   }
+#endif
   return launch_sums<Sums>(p, stream);
 }
 
@@ -76,13 +80,17 @@ cudaError_t shrink_and_sums(const LoraShrink& low, const LoraSums& p, cudaStream
 template <class Hopper, class Large, class Small, class Narrow, class Wide, class HopperSums, class Sums>
 constexpr LoraLinearLaunchers launchers() {
   using T = typename Large::Element;
+  // Few rows are multiplied in float32: tf32 would make float32's kernels again.
+  constexpr bool kOwnFew = !std::is_same_v<typename Large::Math, Tf32Math>;
+  cudaError_t (*few)(const LoraFew&, cudaStream_t) = nullptr;
+  if constexpr (kOwnFew) few = launch_few<T>;
   return {arrange<T>,
           shrink<Narrow, Wide>,
           spread<T>,
           product<Hopper, Large, Small>,
           sums<HopperSums, Sums>,
           shrink_and_sums<Narrow, Wide, Sums>,
-          launch_few<T>};
+          few};
 }
 
 }  // namespace pykernels::cuda

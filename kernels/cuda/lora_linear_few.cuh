@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kFewThreads) lora_few_shrink_kernel(const __gr
 }
 
 // Warps make kOutputs neighbouring outputs of up to kRows rows.
-template <class T, class F, int kRows, int kOutputs>
+template <class T, int kRows, int kOutputs>
 __global__ void __launch_bounds__(kFewThreads) lora_few_kernel(const __grid_constant__ LoraFew p) {
   const int lane = threadIdx.x % 32;
   const int64_t in = p.call.in, out = p.call.out, rank = p.call.rank;
@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kFewThreads) lora_few_kernel(const __grid_cons
   const T* const weight = static_cast<const T*>(p.weight) + output0 * in;
   const T* const x = static_cast<const T*>(p.x.data);
   float sums[kOutputs][kRows] = {};
-#pragma unroll 4
+  constexpr int kTogether = kRows == 1 ? 4 : 2;
+#pragma unroll kTogether
   for (int64_t column = lane * 8; column < in; column += 32 * 8) {
     const int n = int(in - column < 8 ? in - column : 8);
     float w[kOutputs][8];
@@ -86,8 +87,12 @@ __global__ void __launch_bounds__(kFewThreads) lora_few_kernel(const __grid_cons
       const int64_t output = output0 + o;
       if (output >= out) break;
       if (adapter >= 0) {
-        const F* const b = static_cast<const F*>(p.lora_b) + (adapter * out + output) * rank;
-        for (int64_t r = lane; r < rank; r += 32) sums[o][m] = fmaf(scale * p.s[m * rank + r], to_float(b[r]), sums[o][m]);
+        const int64_t first = (adapter * out + output) * rank;
+        for (int64_t r = lane; r < rank; r += 32) {
+          const float b =
+              p.call.float_adapters ? static_cast<const float*>(p.lora_b)[first + r] : to_float(static_cast<const T*>(p.lora_b)[first + r]);
+          sums[o][m] = fmaf(scale * p.s[m * rank + r], b, sums[o][m]);
+        }
       }
       float v = sum_over_lanes(sums[o][m]);
       if (p.bias) v += to_float(static_cast<const T*>(p.bias)[output]);
@@ -96,26 +101,20 @@ __global__ void __launch_bounds__(kFewThreads) lora_few_kernel(const __grid_cons
   }
 }
 
-template <class T, class F, int kRows>
+template <class T, int kRows>
 cudaError_t launch_few_rows(const LoraFew& p, cudaStream_t stream) {
   constexpr int kOutputs = kRows == 1 ? 1 : 2;
-  return launch(lora_few_kernel<T, F, kRows, kOutputs>, dim3(blocks_of(p.call.out, kFewWarps * kOutputs)), dim3(kFewThreads), 0, stream, p);
-}
-
-template <class T, class F>
-cudaError_t launch_few_of(const LoraFew& p, cudaStream_t stream) {
-  if (p.call.rank > 0) {
-    const cudaError_t error =
-        launch(lora_few_shrink_kernel<T, F>, dim3(unsigned(p.call.rows * p.call.rank)), dim3(kFewThreads), 0, stream, p);
-    if (error != cudaSuccess) return error;
-  }
-  if (p.call.rows == 1) return launch_few_rows<T, F, 1>(p, stream);
-  return p.call.rows <= 4 ? launch_few_rows<T, F, 4>(p, stream) : launch_few_rows<T, F, kFewRows>(p, stream);
+  return launch(lora_few_kernel<T, kRows, kOutputs>, dim3(blocks_of(p.call.out, kFewWarps * kOutputs)), dim3(kFewThreads), 0, stream, p);
 }
 
 template <class T>
 cudaError_t launch_few(const LoraFew& p, cudaStream_t stream) {
-  return p.call.float_adapters ? launch_few_of<T, float>(p, stream) : launch_few_of<T, T>(p, stream);
+  if (p.call.rank > 0) {
+    const auto shrink = p.call.float_adapters ? lora_few_shrink_kernel<T, float> : lora_few_shrink_kernel<T, T>;
+    const cudaError_t error = launch(shrink, dim3(unsigned(p.call.rows * p.call.rank)), dim3(kFewThreads), 0, stream, p);
+    if (error != cudaSuccess) return error;
+  }
+  return p.call.rows == 1 ? launch_few_rows<T, 1>(p, stream) : launch_few_rows<T, kFewRows>(p, stream);
 }
 
 }  // namespace pykernels::cuda
