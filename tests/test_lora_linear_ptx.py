@@ -16,7 +16,9 @@ import torch
 from pykernels import lora_linear, lora_linear_multi
 from tests import ptx_on_cpu
 from tests import test_dora_linear as dora
+from tests import test_lora_linear_layouts as layouts
 from tests import test_lora_linear_stacked as stacked
+from tests import test_lora_linear_values as values
 from tests.emulated_cuda import SCHEDULES, build_operator, emulating
 from tests.helpers import FLOATS, LAYOUTS, assert_equal
 from tests.lora_linear_cases import LoraCase, check_case, evaluate, problem
@@ -150,6 +152,22 @@ def test_indices_out_of_range_are_no_adapter(emulated: str) -> None:
             evaluate(p.inputs, case.dy, adapter_index=i.to(kind), backend=emulated) for i in (wrong, index)
         )
         assert_equal(got, expected)
+
+
+def test_what_is_not_finite_stays_in_its_rows(emulated: str) -> None:
+    """Also where rows of several adapters lie in one tile, which multiplies those of others by zero."""
+    values.test_adapters_that_are_not_used_do_not_leak(emulated)
+    layouts.test_rows_do_not_leak_into_each_other("bf16", emulated)
+    layouts.test_dropped_elements_are_no_factor(emulated)
+    index = torch.arange(40) % 3 - 1
+    for dtype, name in itertools.product((torch.float32, torch.bfloat16), ("lora_a", "lora_b")):
+        p = problem(LoraCase(leading=(40,), E=2), dtype)
+        bad = p.inputs[name].clone()
+        bad[1, 2, 1] = float("inf")
+        got = evaluate(p.inputs | {name: bad}, p.case.dy, adapter_index=index, backend=emulated)
+        for of_rows in ("y", "dx"):
+            assert torch.equal(got[of_rows].isfinite().all(1), index != 1), of_rows
+        assert all(got[n][0].isfinite().all() for n in ("dlora_a", "dlora_b"))
 
 
 def test_stacked(emulated: str) -> None:

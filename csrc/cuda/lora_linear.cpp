@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -36,6 +37,7 @@ class CudaLoraCall : public LoraLinearArguments {
       call.index = kept(in.adapter_index->to(in.x.device())).const_data_ptr();
       call.wide_index = in.adapter_index->scalar_type() == at::kLong;
       call.rows_per_index = call.rows / in.adapter_index->numel();
+      broken_ = at::zeros({2, std::max<int64_t>(1, call.adapters)}, in.x.options().dtype(at::kInt));
     }
     lora_a_ = kept(in.lora_a).const_data_ptr();
     lora_b_ = kept(in.lora_b).const_data_ptr();
@@ -70,6 +72,10 @@ class CudaLoraCall : public LoraLinearArguments {
 
   // The adapter's factor as the shrink or the product reads it.
   const void* arrange(Factor factor, bool expand, int64_t width);
+  // Which adapters have what is not finite in their factor, once it is arranged; null where there is one adapter for all rows.
+  int32_t* broken(Factor factor) const {
+    return broken_.defined() ? broken_[factor == Factor::a ? 0 : 1].mutable_data_ptr<int32_t>() : nullptr;
+  }
   // How the work is cut, and room for its partial results.
   at::Tensor cut(cuda::LoraShrink& p) const;
   at::Tensor cut(cuda::LoraSums& p, const at::Tensor& to, bool by_adapter) const;
@@ -79,6 +85,7 @@ class CudaLoraCall : public LoraLinearArguments {
   const cudaStream_t stream_;
   const LoraLinearInputs in_;
   const void *lora_a_ = nullptr, *lora_b_ = nullptr, *bias_ = nullptr;
+  at::Tensor broken_;
 };
 
 LoraRows CudaLoraCall::rows_of(const at::Tensor& t, int64_t columns) {
@@ -124,6 +131,7 @@ const void* CudaLoraCall::arrange(Factor factor, bool expand, int64_t width) {
   const int64_t rows = expand ? p.factor.outer : cuda::shrink_terms(call) * call.rank;
   keep_.push_back(bytes(std::max<int64_t>(16, call.adapters * rows * width * cuda::element_size(dtype))));
   p.to = keep_.back().mutable_data_ptr();
+  p.broken = broken(factor);
   check_cuda(cuda::pykernels_cuda_lora_linear_arrange(&p, stream_), "lora_linear_arrange");
   return p.to;
 }
@@ -174,13 +182,15 @@ void CudaLoraCall::forward(const LoraRows& x, const at::Tensor& y, const at::Ten
     low.rows = x;
     low.drop = call.keep_threshold > 0;
     low.factor = arrange(Factor::a, false, x.width);
+    low.broken = broken(Factor::a);
+    p.factor = arrange(Factor::b, true, cuda::expand_width(call));
+    low.expand_broken = broken(Factor::b);
     low.multiplier = low.drop ? static_cast<float>(call.keep_scale) : 1.f;
     low.v = s.mutable_data_ptr<float>();
     low.expanded = expanded.mutable_data_ptr();
     const at::Tensor partials = cut(low);
     check_cuda(cuda::pykernels_cuda_lora_linear_shrink(&low, stream_), "lora_linear_shrink");
     p.expanded = low.expanded;
-    p.factor = arrange(Factor::b, true, cuda::expand_width(call));
   }
   p.rows = x;
   p.weight = find_weight();
@@ -226,13 +236,19 @@ void CudaLoraCall::backward(const at::Tensor& dy, const LoraRows& x, const at::T
   at::Tensor expanded, ds, scaled_s;
   cuda::LoraShrink low{};
   cuda::LoraSums of_b{};
+  cuda::LoraProduct of_dx{};
   at::Tensor low_partials, b_partials;
   const bool wants_ds = has_rank() && (dx.numel() > 0 || da.numel() > 0), wants_b = has_rank() && db.numel() > 0;
   if (wants_ds) {
     low.rows = dy_rows;
     low.factor = arrange(Factor::b, false, dy_rows.width);
+    low.broken = broken(Factor::b);
     low.multiplier = call.keep_threshold ? static_cast<float>(call.keep_scale) : 1.f;
-    if (dx.numel() > 0) low.expanded = (expanded = expanded_rows()).mutable_data_ptr();
+    if (dx.numel() > 0) {
+      low.expanded = (expanded = expanded_rows()).mutable_data_ptr();
+      of_dx.factor = arrange(Factor::a, true, width);
+      low.expand_broken = broken(Factor::a);
+    }
     if (da.numel() > 0) low.summed = (ds = expanded_rows()).mutable_data_ptr();
     low_partials = cut(low);
   }
@@ -290,20 +306,18 @@ void CudaLoraCall::backward(const at::Tensor& dy, const LoraRows& x, const at::T
          dbias, false);
   }
   if (dx.numel() > 0) {
-    cuda::LoraProduct p{};
-    p.rows = dy_rows;
-    p.weight = find_weight();
-    p.columns_adjacent = !columns_adjacent();
-    p.columns = call.in;
-    p.depth = call.out;
+    of_dx.rows = dy_rows;
+    of_dx.weight = find_weight();
+    of_dx.columns_adjacent = !columns_adjacent();
+    of_dx.columns = call.in;
+    of_dx.depth = call.out;
     if (expanded.defined()) {
-      p.expanded = expanded.const_data_ptr();
-      p.factor = arrange(Factor::a, true, width);
-      p.drop = call.keep_threshold > 0;
+      of_dx.expanded = expanded.const_data_ptr();
+      of_dx.drop = call.keep_threshold > 0;
     }
-    p.add = add_to_dx;
-    p.out = dx.mutable_data_ptr();
-    product(p);
+    of_dx.add = add_to_dx;
+    of_dx.out = dx.mutable_data_ptr();
+    product(of_dx);
   }
 }
 

@@ -53,6 +53,9 @@ struct LoraArrange {
   bool expand;
   int64_t width;
   void* to;
+  // [adapters], zeros, or null. A tile multiplies the rows of other adapters by zero, which what is not finite would make NaN of: such
+  // elements are kept as zeros and their adapter is marked here.
+  int32_t* broken;
 };
 
 // Rows times a factor, and what follows from it: v = multiplier * (rows, dropped out of if `drop`) factor^T.
@@ -64,6 +67,8 @@ struct LoraShrink {
   float* partials;     // [splits, rows, shrink_terms * rank]: over split_width columns each
   int64_t splits, split_width;
   float multiplier;
+  // What arranging marked of the factor here and of that in the product, or null: rows of these adapters are NaN.
+  const int32_t *broken, *expand_broken;
   // Results, each null or [rows, ...]. The last two have the adapter's scale.
   float* v;        // [rank]
   void* expanded;  // [expand_width]: for the product

@@ -40,6 +40,10 @@ __global__ void __launch_bounds__(256) lora_arrange_kernel(const __grid_constant
     const int position = int(slot / rank);
     value = term_of<T>(to_float(static_cast<const F*>(p.factor.data)[at]), p.expand ? factor_term(position, terms) : position,
                        p.expand ? 1.f : kLift<T>);
+    if (p.broken && !isfinite(to_float(value))) {
+      p.broken[e] = 1;  // all who write here write this
+      value = from_float<T>(0.f);
+    }
   }
   static_cast<T*>(p.to)[index] = value;
 }
@@ -112,11 +116,14 @@ __global__ void __launch_bounds__(256)
       unlift *= 1.f / kLift<T>;
     }
     v *= p.multiplier;
+    const int adapter = adapter_of(p.call, row);
+    if (p.broken && adapter >= 0 && p.broken[adapter]) v = NAN;
     if (p.v && slot < rank) p.v[row * rank + slot] = v;
     const int position = int(slot / rank);
-    v *= scale_of(p.call, adapter_of(p.call, row));
-    expanded = term_of<T>(v, row_term(position, terms), 1.f);
+    v *= scale_of(p.call, adapter);
     summed = term_of<T>(v, position, kLift<T>);
+    if (p.expand_broken && adapter >= 0 && p.expand_broken[adapter]) v = NAN;
+    expanded = term_of<T>(v, row_term(position, terms), 1.f);
   }
   if (p.expanded) static_cast<T*>(p.expanded)[index] = expanded;
   if (p.summed) static_cast<T*>(p.summed)[index] = summed;
