@@ -90,10 +90,12 @@ def _settings(tier: str) -> dict[str, str]:
     return {"PYKERNELS_CPU_TIER": tier, **BASELINE_CAPS[tier]}
 
 
-def _on_cuda(p: argparse.ArgumentParser, args: argparse.Namespace, modules: list[str]) -> int:
+def _on_cuda(
+    p: argparse.ArgumentParser, args: argparse.Namespace, modules: list[str], argv: Sequence[str]
+) -> int:
     """The cases of those bench files that have some for a GPU."""
-    if args.tier or args.json or args.plot or args.threads:
-        p.error("--device cuda: goes with --dtype, --case, --list and --quick alone")
+    if args.tier or args.plot or args.threads:
+        p.error("--device cuda: goes with --dtype, --case, --list, --quick and --json alone")
     import torch
 
     from . import on_cuda
@@ -110,7 +112,7 @@ def _on_cuda(p: argparse.ArgumentParser, args: argparse.Namespace, modules: list
     if args.list:
         print("\n".join(f"{case.operator}  {case.dtype}  {case.name}" for case in todo))
         return 0
-    return on_cuda.run(todo)
+    return on_cuda.run(todo, args.json, argv)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -126,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         os.execve(sys.executable, [sys.executable, "-m", "bench", *argv], os.environ | _settings(args.tier))
 
     if args.device == "cuda":
-        return _on_cuda(p, args, [known[name] for name in args.operator or known])
+        return _on_cuda(p, args, [known[name] for name in args.operator or known], argv)
 
     try:
         # Not above: it loads torch, which reads the settings of --tier.
