@@ -4,13 +4,15 @@ The sources are those of the GPU's library. Two things differ: device.h, which i
 C++ and of the operators, so that the CPU's own kernels stay what they are.
 """
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from .. import Library, build_glue
+from .. import Library, Runtime, build_glue
 
 HERE = Path(__file__).parent
 
@@ -24,6 +26,23 @@ def torch_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (f"-I{folder / 'include'}", abi), link
 
 
+def build_operators(
+    sources: tuple[Path, ...],
+    launchers: Path,
+    namespace: str = "pykernels_ptx",
+    include: tuple[Path, ...] = (),
+    sanitizer: str | None = None,
+) -> Path:
+    """Compiles the sources with namespace `pykernels` renamed.
+
+    `launchers`: the library that they call. `include`: folders of headers.
+    """
+    compile_, link = torch_flags()
+    flags = (*(f"-I{i}" for i in include), *compile_, f"-Dpykernels={namespace}")
+    files, replace = [*sources, HERE / "allocator.cpp"], {"device.h": HERE / "device.h"}
+    return build_glue(files, [launchers], flags, sanitizer, link, replace)
+
+
 @functools.cache
 def load_operators(
     sources: tuple[Path, ...],
@@ -32,15 +51,8 @@ def load_operators(
     include: tuple[Path, ...] = (),
     sanitizer: str | None = None,
 ) -> ctypes.CDLL:
-    """Compiles and loads the sources with namespace `pykernels` renamed; the operators are in torch.ops then.
-
-    `library` holds the launchers that they call. `include`: folders of headers.
-    """
-    compile_, link = torch_flags()
-    flags = (*(f"-I{i}" for i in include), *compile_, f"-Dpykernels={namespace}")
-    files, replace = [*sources, HERE / "allocator.cpp"], {"device.h": HERE / "device.h"}
-    path = build_glue(files, [library.path], flags, sanitizer, link, replace)
-    return ctypes.CDLL(str(path))
+    """Builds and loads what build_operators makes; the operators are in torch.ops then."""
+    return ctypes.CDLL(str(build_operators(sources, library.path, namespace, include, sanitizer)))
 
 
 def record_allocations(operators: ctypes.CDLL) -> None:
@@ -48,3 +60,20 @@ def record_allocations(operators: ctypes.CDLL) -> None:
     operators.ptx_record_allocations()
 
 
+@contextlib.contextmanager
+def count_launchers(operators: ctypes.CDLL, runtime: Runtime) -> Iterator[list[tuple[str, dict[str, int]]]]:
+    """Collects the name that each launcher of a counting build is checked by, and what its kernels counted."""
+    found: list[tuple[str, dict[str, int]]] = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+    def after(name: bytes) -> None:
+        found.append((name.decode(), runtime.counters()))
+        runtime.reset_counters()  # so that distinct sectors are those of one launcher
+
+    pointer = ctypes.c_void_p.in_dll(operators, "ptx_after_launcher")
+    runtime.reset_counters()
+    pointer.value = ctypes.cast(after, ctypes.c_void_p).value
+    try:
+        yield found
+    finally:
+        pointer.value = None
