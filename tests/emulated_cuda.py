@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+import torch
 
 from tests import ptx_on_cpu
 from tests.ptx_on_cpu.torch_glue import build_operators, load_operators, record_allocations
@@ -55,3 +61,17 @@ def compile_operator(
     launchers = ptx_on_cpu.build_cuda(files, capability, compiler_flags(capability), sanitizer)
     namespace = namespace_of(operator, capability)
     return launchers, build_operators(glue_files(operator, *glue), launchers, namespace, INCLUDE, sanitizer)
+
+
+@contextmanager
+def emulating(library: ptx_on_cpu.Library, schedule: str, module: str, **operators: str) -> Iterator[str]:
+    """backend="cpu" calls the library's operators: names of `module` stand for these. Yields "cpu".
+
+    schedule: a key of SCHEDULES. Accesses are held to the exact bytes of PyTorch's tensors.
+    """
+    own = getattr(torch.ops, library.namespace)
+    options = {"schedule": SCHEDULES[schedule], "capability": int(library.namespace[-2:]), "processors": 4}
+    with pytest.MonkeyPatch.context() as patch, library.runtime.options(**options), library.runtime.bounds():
+        for name, operator in operators.items():
+            patch.setattr(importlib.import_module(module), name, getattr(own, operator).default)
+        yield "cpu"

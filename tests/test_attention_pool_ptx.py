@@ -4,7 +4,6 @@ tensor."""
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import random
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from tests import ptx_on_cpu
 from tests import test_attention_pool_layouts as layouts
 from tests import test_attention_pool_masks as masks
 from tests.attention_pool_cases import PoolCase, check_case, evaluate, problem
-from tests.emulated_cuda import SCHEDULES, build_operator
+from tests.emulated_cuda import SCHEDULES, build_operator, emulating
 from tests.helpers import FLOATS, LAYOUTS, assert_equal
 
 pytestmark = [
@@ -34,18 +33,11 @@ def library(request: pytest.FixtureRequest) -> ptx_on_cpu.Library:
 
 
 @pytest.fixture(params=SCHEDULES)
-def emulated(
-    request: pytest.FixtureRequest, library: ptx_on_cpu.Library, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
+def emulated(request: pytest.FixtureRequest, library: ptx_on_cpu.Library) -> Iterator[str]:
     """attention_pool(backend="cpu") calls the emulated CUDA kernels."""
-    module = importlib.import_module("pykernels.attention_pool")
-    operators = getattr(torch.ops, library.namespace)
-    monkeypatch.setattr(module, "_fwd", operators._attention_pool_fwd.default)
-    monkeypatch.setattr(module, "_bwd", operators._attention_pool_bwd.default)
-    capability = int(library.namespace[-2:])
-    options = {"schedule": SCHEDULES[request.param], "capability": capability, "processors": 4}
-    with library.runtime.options(**options), library.runtime.bounds():
-        yield "cpu"
+    names = {"_fwd": "_attention_pool_fwd", "_bwd": "_attention_pool_bwd"}
+    with emulating(library, request.param, "pykernels.attention_pool", **names) as backend:
+        yield backend
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,22 +11,20 @@ import torch
 from pykernels import gated_conv1d
 from tests.gated_conv_cases import Case, Problem, problem
 from tests.helpers import FLOATS, LAYOUTS, SIZES, assert_equal
+from tests.on_gpu import DTYPES, GPU_MARKS, on
 from tests.test_gated_conv_cuda import (
     CONDS,
-    DTYPES,
-    HAS_GPU,
     PADDINGS,
     RESIDUALS,
     ROWS,
     check_case,
     exact_convolutions,  # noqa: F401
     legal,
-    on,
     run,
 )
 
 pytest.importorskip("triton")
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
+pytestmark = GPU_MARKS
 
 
 def on_triton(case: Case, dtype: torch.dtype) -> Problem:
