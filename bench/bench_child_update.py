@@ -170,7 +170,7 @@ def model_case(units: int, dtype: str, mode: str) -> gpu_model.Case:
     return gpu_model.Case(
         NAME, f"{units * UNIT:,} parameters", dtype, f"step, {mode}", EMULATED, units,
         call=call, check=partial(check, DTYPES[dtype]), eager=eager, compulsory=compulsory, products=lambda n: 0,
-        counted=(2,) if mode == "D" else gpu_model.COUNTED, bar=1.15,
+        counted=(2,) if mode == "D" else gpu_model.COUNTED, bar=1.15, unit=f"slices of {UNIT:,} parameters",
     )  # fmt: skip
 
 

@@ -6,12 +6,15 @@ tiles that the whole batch has on PROCESSORS multiprocessors. For each launcher 
     asked     sectors of 32 bytes that warps ask for, what L2 has to serve
     moved     distinct sectors, what memory has to serve if L2 keeps all while the launcher's kernels run, and nothing
               from one launcher to the next
-    products  operations of tensor cores, or of float32 units
+    products  operations of tensor cores; with dtype fp32 those of the float32 units, all of them
+    fp32      with other dtypes the operations of the float32 units beside them
 
-and the time of a launcher on a GPU is the larger of moved / bandwidth and products / peak, the roofline. What grows by
-the same amount with every sequence is extrapolated, and three sizes are counted to see that it does. Eager PyTorch has
-the same model: each operation reads its inputs once and writes its outputs once, views are free. No time here is
-measured.
+and the time of a launcher on a GPU is the largest of moved / bandwidth, products / peak and fp32 / peak, the roofline.
+What grows by the same amount with every sequence is extrapolated, and three sizes are counted to see that it does.
+Eager PyTorch has the same model: each operation reads its inputs once and writes its outputs once, views are free.
+
+No time here is measured: launches, latencies, shared memory, integer instructions and what peaks leave of themselves
+are not in it, so that a GPU takes longer. H100 and H200 run other kernels where wgmma serves, which are not counted.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,8 +50,9 @@ class Gpu:
     peaks: Mapping[str, float]
 
 
-_HOPPER = {"fp32": 67e12, "tf32": 494.5e12, "bf16": 989.5e12, "fp16": 989.5e12}
-# NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM; tensor cores without sparsity, half of what is printed.
+# NVIDIA's data sheets of A100 80GB SXM (nvidia-1758950), H100 SXM and H200 SXM (nvidia.com/en-us/data-center/h100 and
+# h200); digits of Hopper's peaks from the H100 architecture white paper. Dense, half of what those two data sheets print.
+_HOPPER = {"fp32": 66.9e12, "tf32": 494.7e12, "bf16": 989.4e12, "fp16": 989.4e12}
 GPUS = (
     Gpu("A100", 2.039e12, {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12, "fp16": 312e12}),
     Gpu("H100", 3.35e12, _HOPPER),
@@ -58,17 +62,18 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What one launcher or operation does: bytes asked of L2 and moved to and from memory, operations of products."""
+    """What one launcher or operation does: bytes asked of L2 and moved to and from memory, operations."""
 
     asked: float = 0
     moved: float = 0
     products: float = 0
+    fp32: float = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.asked + other.asked, self.moved + other.moved, self.products + other.products)
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def seconds(self, gpu: Gpu, dtype: str) -> float:
-        return max(self.moved / gpu.bandwidth, self.products / gpu.peaks[dtype])
+        return max(self.moved / gpu.bandwidth, self.products / gpu.peaks[dtype], self.fp32 / gpu.peaks["fp32"])
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Emulated:
 
 @dataclass(frozen=True)
 class Case:
-    """One call. units: sequences, or whatever else it consists of, of the size in its name.
+    """One call. units: how many sequences, or whatever else `unit` says, the size in its name has.
 
     counted: how many are executed; three are extrapolated from, one is reported as it is. call(n) makes the call for n
     units of tensors on the CPU, check() raises GateFailure where the emulated kernels are wrong, eager() is the call of
@@ -106,6 +111,7 @@ class Case:
     products: Callable[[int], float]
     counted: tuple[int, ...] = COUNTED
     bar: float | None = None
+    unit: str = "sequences"
 
     @property
     def reported(self) -> int:
@@ -152,12 +158,13 @@ def unavailable() -> str | None:
     return ptx_on_cpu.unavailable()
 
 
-def _work(counts: Mapping[str, int]) -> Work:
+def _work(counts: Mapping[str, int], dtype: str) -> Work:
     read, written = counts["global_read_sectors"], counts["global_write_sectors"]
     distinct = counts["unique_read_sectors"] + counts["unique_write_sectors"]
-    # Products of tensor cores where there are any: float32 operations beside them are those of the epilogue.
-    products = counts["tensor_flops"] or counts["fp32_flops"]
-    return Work(SECTOR * (read + written), SECTOR * distinct, products)
+    products, fp32 = counts["tensor_flops"], counts["fp32_flops"]
+    if dtype == "fp32":  # One unit does both, and its counter does not tell them apart.
+        products, fp32 = products + fp32, 0
+    return Work(SECTOR * (read + written), SECTOR * distinct, products, fp32)
 
 
 @contextmanager
@@ -187,7 +194,7 @@ def count(case: Case) -> list[dict[str, Work]]:
                 call()
             found.append({})
             for name, counts in launchers:
-                found[-1][name] = found[-1].get(name, Work()) + _work(counts)
+                found[-1][name] = found[-1].get(name, Work()) + _work(counts, case.dtype)
     return found
 
 
@@ -277,8 +284,9 @@ def estimate(case: Case) -> Estimate:
 
 def _row(name: str, work: Work, seconds: Sequence[float]) -> str:
     asked = bytes_text(round(work.asked)) if work.asked else ""
-    times = "".join(f"{seconds_text(s):>11}" for s in seconds)
-    return f"    {name:32}{bytes_text(round(work.moved)):>12}{asked:>12}{work.products * 1e-9:>10.3g}{times}"
+    flops = "".join(f"{flops * 1e-9:>10.3g}" if flops else f"{'':10}" for flops in (work.products, work.fp32))
+    times = "".join(f"{seconds_text(s):>10}" for s in seconds)
+    return f"    {name:32}{bytes_text(round(work.moved)):>12}{asked:>12}{flops}  |{times}"
 
 
 def text(case: Case, result: Estimate) -> str:
@@ -287,15 +295,18 @@ def text(case: Case, result: Estimate) -> str:
     if len(case.counted) > 1:
         linear = "exactly linear" if not result.deviation else f"the third {result.deviation:.1%} off the line"
         sizes = ", ".join(map(str, case.counted))
-        lines.append(f"  counted for {sizes} of {case.units} units, {linear}; extrapolated to all")
+        lines.append(f"  counted for {sizes} of {case.units} {case.unit}, {linear}; extrapolated to all")
     elif case.counted[0] < case.units:
-        lines.append(f"  counted for {case.counted[0]} of {case.units} units, and all figures are for these")
-    columns = "".join(f"{gpu.name:>11}" for gpu in GPUS)
-    lines.append(f"    {'':32}{'moved':>12}{'asked':>12}{'GFLOP':>10}{columns}")
+        lines.append(f"  counted for {case.counted[0]} of {case.units} {case.unit}; all figures are for these alone")
+    else:
+        lines.append("  counted for all of it")
+    columns = "".join(f"{gpu.name:>10}" for gpu in GPUS)
+    lines.append(f"    {'':32}{'bytes':>12}{'bytes':>12}{'GFLOP of':>10}{'GFLOP':>10}  |{'least time, modelled':>30}")
+    lines.append(f"    {'':32}{'moved':>12}{'asked':>12}{'products':>10}{'fp32':>10}  |{columns}")
     for name, work in result.launchers.items():
         lines.append(_row(name, work, [work.seconds(gpu, case.dtype) for gpu in GPUS]))
     times = [result.seconds(gpu, case.dtype) for gpu in GPUS]
-    plain = Work(0, result.eager.moved, result.eager.products)
+    plain = replace(result.eager, asked=0)
     count_ = len(result.operations)
     for name, work, key in (
         ("ours, all of it", result.ours, "ours"),
@@ -323,10 +334,19 @@ def numbers(case: Case, result: Estimate) -> dict[str, Any]:
     }  # fmt: skip
 
 
+HEAD = f"""\
+A MODEL, NOT A MEASUREMENT: no GPU was used. Bytes and operations are counted while the PTX of the CUDA kernels runs on
+the CPU; a time is the least one that a GPU's published bandwidth and dense peaks allow (roofline).
+Kernels of compute capability 8.0 in all columns, tiles as for {PROCESSORS} multiprocessors.
+  bytes moved     to and from memory, if L2 keeps all while a launcher runs and nothing between launchers
+  bytes asked     of L2, in sectors of {SECTOR} bytes
+  the compulsory  every input read once, every output written once; eager: each of its operations likewise
+"""
+
+
 def run(cases: Sequence[Case], json_path: Path | None = None, arguments: Sequence[str] = ()) -> int:
     """Counts and prints all cases. 1 where those of one are wrong or fail, else 0; a missed bar changes nothing."""
-    print("A model, not a measurement: bytes counted on the CPU against published bandwidths and dense peaks.")
-    print(f"Kernels of capability 8.0, tiles as for {PROCESSORS} multiprocessors; times are rooflines.\n", flush=True)
+    print(HEAD, flush=True)
     results: list[dict[str, Any]] = []
     before = torch.get_float32_matmul_precision()
     try:
