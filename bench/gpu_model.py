@@ -51,7 +51,7 @@ class Gpu:
 
 
 # NVIDIA's data sheets of A100 80GB SXM (nvidia-1758950), H100 SXM and H200 SXM (nvidia.com/en-us/data-center/h100 and
-# h200); digits of Hopper's peaks from the H100 architecture white paper. Dense, half of what those two data sheets print.
+# h200), Hopper's digits of the H100 architecture white paper. Dense, half of what those two data sheets print.
 _HOPPER = {"fp32": 66.9e12, "tf32": 494.7e12, "bf16": 989.4e12, "fp16": 989.4e12}
 GPUS = (
     Gpu("A100", 2.039e12, {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12, "fp16": 312e12}),
