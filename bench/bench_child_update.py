@@ -143,7 +143,7 @@ def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
     yield on_cuda.Group("D", {OURS: compact.step, DENSE: dense.step, FUSED: fused.step}, bytes_moved)
 
 
-UNIT = 2**17  # parameters
+UNIT = 2**15  # parameters
 EMULATED = gpu_model.Emulated("child_update", ("child_update_arguments",), {"_adamw_": "_child_adamw_"})
 
 
@@ -175,7 +175,7 @@ def model_case(units: int, dtype: str, mode: str) -> gpu_model.Case:
 
 
 def model_cases(dtypes: Sequence[str], quick: bool) -> list[gpu_model.Case]:
-    return [model_case(128, dtype, mode) for dtype in dtypes if dtype != "tf32" for mode in ("F", "D")]
+    return [model_case(512, dtype, mode) for dtype in dtypes if dtype != "tf32" for mode in ("F", "D")]
 
 
 def cuda_cases(dtypes: Sequence[str], quick: bool) -> list[on_cuda.Case]:
