@@ -294,7 +294,7 @@ def text(case: Case, result: Estimate) -> str:
     """The table of one case."""
     lines = [f"{case.operator}  {case.dtype}  {case.name}  {case.title}"]
     if len(case.counted) > 1:
-        linear = "exactly linear" if not result.deviation else f"the third {result.deviation:.1%} off the line"
+        linear = "exactly linear" if not result.deviation else f"the third {result.deviation:.2%} off the line"
         sizes = ", ".join(map(str, case.counted))
         lines.append(f"  counted for {sizes} of {case.units} {case.unit}, {linear}; extrapolated to all")
     elif case.counted[0] < case.units:
@@ -315,11 +315,11 @@ def text(case: Case, result: Estimate) -> str:
         (f"eager, {count_} operation{'s' * (count_ != 1)}", plain, "eager"),
     ):
         lines.append(_row(name, work, [t[key] for t in times]))
-    reuse = result.ours.asked / result.ours.moved
-    line = f"moved is {result.ratio:.2f}x of the compulsory bytes, asked {reuse:.2f}x of moved (what L2 saves)"
+    line = f"moves {result.ratio:.2f}x of the compulsory bytes"
     if case.bar is not None:
-        line = f"bar  {line} (bar <= {case.bar:.2f}x): {'PASS' if result.ratio <= case.bar else 'MISS'}"
-    lines.append(f"    {line}; eager moves {result.eager.moved / result.ours.moved:.1f}x of ours")
+        line += f" (bar <= {case.bar:.2f}x): {'PASS' if result.ratio <= case.bar else 'MISS'}"
+    saved, more = result.ours.asked / result.ours.moved, result.eager.moved / result.ours.moved
+    lines.append(f"    {line}; asks L2 for {saved:.2f}x of what it moves; eager moves {more:.1f}x of ours")
     return "\n".join([*lines, ""])
 
 
