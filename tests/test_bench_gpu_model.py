@@ -95,7 +95,7 @@ def test_the_whole_of_it(
     assert drawn["compulsory"]["moved"] == elements * (3 * 2 + 16) and drawn["deviation"] == 0
     assert set(drawn["launchers"]) == {"child_update"}
     assert 1 <= drawn["ratio"] < 1.01 and 1 <= stored["ratio"] < 1.15
-    assert stored["counted"] == [1, 2, 3] and stored["reported"] == 512 and stored["deviation"] < 0.001
+    assert stored["counted"] == [1, 2, 3] and stored["reported"] == 512 and stored["deviation"] < 0.01
     seconds = drawn["model_seconds"]["H100"]
     assert seconds["ours"] == pytest.approx(drawn["launchers"]["child_update"]["moved"] / 3.35e12)
     assert seconds["compulsory"] <= seconds["ours"] < seconds["eager"]
