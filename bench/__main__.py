@@ -31,6 +31,8 @@ examples:
   python -m bench --json now.json --plot now.png     all numbers, and a picture
   python -m bench --tier avx2                        our AVX2 kernels, torch held to AVX2 as well
   python -m bench gated_conv --device cuda --quick   the GPU: CUDA kernels against eager, compiled and bare GEMMs
+  python -m bench gated_conv --model gpu --quick     no GPU needed: bytes that the CUDA kernels move, counted on
+                                                     the CPU, and the least time that A100, H100 and H200 take
 
 exit codes:
   0    every case passed its correctness gate (a missed bar is reported, and changes nothing here)
@@ -81,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     p.add_argument("--tier", choices=BASELINE_CAPS, help="our kernels of this tier, torch held to its instructions")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure (default cpu)")
+    p.add_argument("--model", choices=("gpu",), help="count the traffic of the CUDA kernels and measure nothing")
     p.add_argument("--json", type=_writable, metavar="F", help="write all numbers to this file")
     p.add_argument("--plot", type=_writable, metavar="F.png", help="write a picture to this file (needs matplotlib)")
     return p
@@ -90,10 +93,12 @@ def _settings(tier: str) -> dict[str, str]:
     return {"PYKERNELS_CPU_TIER": tier, **BASELINE_CAPS[tier]}
 
 
-def _on_cuda(p: argparse.ArgumentParser, args: argparse.Namespace, modules: list[str]) -> int:
+def _on_cuda(
+    p: argparse.ArgumentParser, args: argparse.Namespace, modules: list[str], argv: Sequence[str]
+) -> int:
     """The cases of those bench files that have some for a GPU."""
-    if args.tier or args.json or args.plot or args.threads:
-        p.error("--device cuda: goes with --dtype, --case, --list and --quick alone")
+    if args.tier or args.plot or args.threads:
+        p.error("--device cuda: goes with --dtype, --case, --list, --quick and --json alone")
     import torch
 
     from . import on_cuda
@@ -110,7 +115,28 @@ def _on_cuda(p: argparse.ArgumentParser, args: argparse.Namespace, modules: list
     if args.list:
         print("\n".join(f"{case.operator}  {case.dtype}  {case.name}" for case in todo))
         return 0
-    return on_cuda.run(todo)
+    return on_cuda.run(todo, args.json, argv)
+
+
+def _model(p: argparse.ArgumentParser, args: argparse.Namespace, modules: list[str], argv: Sequence[str]) -> int:
+    """The cases of those bench files that have some for the model of a GPU."""
+    if args.device != "cpu" or args.tier or args.plot or args.threads:
+        p.error("--model gpu: goes with --dtype, --case, --list, --quick and --json alone")
+    from . import gpu_model, on_cuda
+
+    if reason := gpu_model.unavailable():
+        p.error(f"--model gpu: {reason}")
+    dtypes = [name for name in on_cuda.DTYPES if args.dtype is None or name.replace("tf32", "fp32") in args.dtype]
+    found = [importlib.import_module(name) for name in modules]
+    able = [module for module in found if hasattr(module, "model_cases")]
+    cases = [case for module in able for case in module.model_cases(dtypes, args.quick)]
+    todo = [case for case in cases if args.case is None or args.case in case.name]
+    if not todo:
+        p.error("--model gpu: no case of these operators and this text")
+    if args.list:
+        print("\n".join(f"{case.operator}  {case.dtype}  {case.name}  {case.title}" for case in todo))
+        return 0
+    return gpu_model.run(todo, args.json, argv)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -125,8 +151,10 @@ def main(argv: Sequence[str]) -> int:
     if args.tier and any(os.environ.get(name) != value for name, value in _settings(args.tier).items()):
         os.execve(sys.executable, [sys.executable, "-m", "bench", *argv], os.environ | _settings(args.tier))
 
+    if args.model:
+        return _model(p, args, [known[name] for name in args.operator or known], argv)
     if args.device == "cuda":
-        return _on_cuda(p, args, [known[name] for name in args.operator or known])
+        return _on_cuda(p, args, [known[name] for name in args.operator or known], argv)
 
     try:
         # Not above: it loads torch, which reads the settings of --tier.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pykernels
 
-from . import gate, on_cuda
+from . import gate, gpu_model, on_cuda
 from .attention_pool_baselines import BareGemm, Problem, Shape, eager_bmm, eager_sum
 from .harness import OURS, Bar, Call
 from .jobs import GateFailure, Job, Options, Result, Session
@@ -47,6 +47,9 @@ SHAPES = (
 QUICK_SHAPES = (MIDDLE, WIDE, LATENCY)
 CUDA_QUICK_SHAPES = (MIDDLE, WIDE, BAG)
 TINY = Shape(1, 2, 4, 4)
+EMULATED = gpu_model.Emulated(
+    "attention_pool", ("attention_pool_arguments",), {"_fwd": "_attention_pool_fwd", "_bwd": "_attention_pool_bwd"}
+)
 FILLS = (30, 50, 60, 100)
 QUICK_FILLS = (50,)
 SWEEP_LENGTHS = tuple(2**n for n in range(7, 18))
@@ -227,6 +230,36 @@ def cuda_cases(dtypes: Sequence[str], quick: bool) -> list[on_cuda.Case]:
         for dtype in dtypes
         for shape in shapes
     ]
+
+
+def _check_emulated(dtype: str) -> None:
+    if dtype != "tf32":  # which PyTorch has not on the CPU
+        check(Problem(Shape(2, 20, 16, 16), on_cuda.DTYPES[dtype]))
+
+
+def model_case(shape: Shape, dtype: str) -> gpu_model.Case:
+    """Of B sequences."""
+
+    def problem(n: int, device: str = "cpu") -> Problem:
+        return Problem(replace(shape, B=n), on_cuda.DTYPES[dtype], device)
+
+    def bind(call: Callable[..., Tensor], p: Problem) -> Call:
+        return torch.no_grad()(partial(call, **p.inputs))
+
+    def compulsory(n: int) -> int:
+        p = problem(n, "meta")
+        return sum(t.nbytes for t in p.inputs.values()) + p.dy.nbytes
+
+    return gpu_model.Case(
+        NAME, shape.name, dtype, "forward", EMULATED, shape.B,
+        call=lambda n: bind(ours, problem(n)), check=partial(_check_emulated, dtype),
+        eager=lambda n: bind(eager_sum, problem(n, "meta")), compulsory=compulsory,
+        products=lambda n: replace(shape, B=n).flops, bar=1.15,
+    )  # fmt: skip
+
+
+def model_cases(dtypes: Sequence[str], quick: bool) -> list[gpu_model.Case]:
+    return [model_case(shape, dtype) for dtype in dtypes for shape in ((MIDDLE,) if quick else (MIDDLE, WIDE))]
 
 
 def jobs(options: Options) -> list[Job]:

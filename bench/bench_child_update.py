@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from . import gate, on_cuda
+from . import gate, gpu_model, on_cuda
 from .child_update_baselines import Problem, Shape, bernoulli_then, original_step, sharing, state_bytes
 from .harness import OURS, Bar, Call
 from .jobs import GateFailure, Job, Options, Result, Session
@@ -133,6 +133,45 @@ def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
     sharing([unmasked, dense])
     compact.step()
     yield on_cuda.Group("D", {OURS: compact.step, DENSE: dense.step, FUSED: fused.step}, bytes_moved)
+
+
+UNIT = 2**15  # parameters
+EMULATED = gpu_model.Emulated("child_update", ("child_update_arguments",), {"_adamw_": "_child_adamw_"})
+
+
+def model_case(units: int, dtype: str, mode: str) -> gpu_model.Case:
+    """Of units * UNIT parameters in one tensor, whose mask repeats that of the first, which keeps counts linear.
+
+    Eager is the optimizer of the original.
+    """
+    mask = Problem(Shape(UNIT, 1), DTYPES[dtype]).masks[0]
+
+    def call(n: int) -> Call:
+        problem = Problem(Shape(n * UNIT, 1), DTYPES[dtype])
+        problem.masks = [mask.repeat(n)]
+        optimizer = problem.ours(mode, backend="cpu")
+        optimizer.step()  # makes the state
+        return optimizer.step
+
+    def eager(n: int) -> Call:
+        p, g = (torch.empty(n * UNIT, dtype=DTYPES[dtype], device="meta") for _ in range(2))
+        m, v = (torch.empty_like(p) for _ in range(2))
+        return partial(original_step, [p], [g], [m], [v])
+
+    def compulsory(n: int) -> int:
+        # Parameter, gradient and the parameter's new value; two float32 moments read and written; a mask of bits.
+        moments = n * (int(mask.sum()) if mode == "D" else UNIT)
+        return 3 * n * UNIT * DTYPES[dtype].itemsize + 4 * 4 * moments + (n * UNIT // 8 if mode == "D" else 0)
+
+    return gpu_model.Case(
+        NAME, f"{units * UNIT:,} parameters", dtype, f"step, {mode}", EMULATED, units,
+        call=call, check=partial(check, DTYPES[dtype]), eager=eager, compulsory=compulsory, products=lambda n: 0,
+        bar=1.15, unit=f"slices of {UNIT:,} parameters",
+    )  # fmt: skip
+
+
+def model_cases(dtypes: Sequence[str], quick: bool) -> list[gpu_model.Case]:
+    return [model_case(512, dtype, mode) for dtype in dtypes if dtype != "tf32" for mode in ("F", "D")]
 
 
 def cuda_cases(dtypes: Sequence[str], quick: bool) -> list[on_cuda.Case]:

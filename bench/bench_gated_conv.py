@@ -14,7 +14,7 @@ from torch import Tensor
 import pykernels
 from pykernels import _extension
 
-from . import first_call, gate, on_cuda
+from . import first_call, gate, gpu_model, on_cuda
 from .gated_conv_baselines import BareGemm, Problem, Shape, eager, eager_masked, eager_step, shifted_matmul
 from .harness import OURS, Bar, Call
 from .jobs import GateFailure, Job, Options, Result, Session
@@ -56,6 +56,13 @@ STEP = Shape(3200, 1, 24, 24, 2, 64, residual="none", value_act="tanh")
 CUDA_QUICK_SHAPES = (replace(HEAD, dilation=4), Shape(64, 512, 512, 512, 3, 2), MIDDLE, LATENCY)
 QUICK_BATCH = Shape(32, 256, 128, 128, 3, 1)
 TINY = Shape(1, 2, 4, 4, 3, 1)
+MODEL_QUICK_SHAPES = (replace(HEAD, dilation=4), LATENCY)
+MODEL_SHAPES = (*MODEL_QUICK_SHAPES, MIDDLE, Shape(64, 128, 512, 512, 3, 4))
+EMULATED = gpu_model.Emulated(
+    "gated_conv",
+    ("gated_conv_arguments",),
+    {"_fwd": "_gated_conv_fwd", "_bwd": "_gated_conv_bwd", "_pack": "_gated_conv_pack"},
+)
 VARYING = Shape(4, 256, 128, 128, 3, 2)
 SWEEP_LENGTHS = tuple(2**n for n in range(7, 18))
 QUICK_SWEEP_LENGTHS = (128, 2048, 32768)
@@ -371,6 +378,53 @@ def cuda_cases(dtypes: Sequence[str], quick: bool) -> list[on_cuda.Case]:
         on_cuda.Case(NAME, shape.name, dtype, partial(_on_cuda, shape, on_cuda.DTYPES[dtype]))
         for dtype in dtypes
         for shape in dict.fromkeys(shapes)
+    ]
+
+
+def _check_emulated(dtype: str) -> None:
+    problem = Problem(Shape(2, 20, 16, 16, 3, 2), on_cuda.DTYPES[dtype])
+    s = problem.shape
+    if dtype != "tf32":
+        return check(problem)
+    # PyTorch has no tf32 on the CPU: its bfloat16, which has fewer bits, is what it must not be worse than.
+    exact, coarse = (_reference(problem, partial(eager, s), d) for d in (torch.float64, torch.bfloat16))
+    leaves = problem.leaves()
+    got = gate.gradients(partial(ours, s, **leaves), problem.dy, leaves)
+    _require(gate.compare(got, {n: t.float() for n, t in coarse.items()}, exact, s.terms), OURS)
+
+
+def model_case(shape: Shape, dtype: str, training: bool) -> gpu_model.Case:
+    """Of B sequences; training is counted for 2, as partial sums of the weight's gradient are not linear in them."""
+
+    def problem(n: int, device: str = "cpu") -> Problem:
+        return Problem(replace(shape, B=n), on_cuda.DTYPES[dtype], device)
+
+    def bind(call: Callable[..., Tensor], p: Problem) -> Call:
+        return _training(partial(call, p.shape), p) if training else torch.no_grad()(partial(call, p.shape, **p.inputs))
+
+    def compulsory(n: int) -> int:
+        p = problem(n, "meta")
+        inputs, y = sum(t.nbytes for t in p.inputs.values()), p.dy.nbytes
+        # Backward reads dy, the value and gate that forward kept, x and the weight, and writes as much as the inputs.
+        return inputs + (6 * y + p.x.nbytes + p.weight.nbytes + inputs if training else y)
+
+    return gpu_model.Case(
+        NAME, shape.name, dtype, "forward + backward" if training else "forward", EMULATED, shape.B,
+        call=lambda n: bind(ours, problem(n)), check=partial(_check_emulated, dtype),
+        eager=lambda n: bind(eager, problem(n, "meta")), compulsory=compulsory,
+        products=lambda n: replace(shape, B=n).flops * (3 if training else 1),
+        counted=(min(2, shape.B),) if training or shape.B < 3 else gpu_model.COUNTED,
+        bar=None if training or shape.B == 1 else 1.5,
+    )  # fmt: skip
+
+
+def model_cases(dtypes: Sequence[str], quick: bool) -> list[gpu_model.Case]:
+    return [
+        model_case(shape, dtype, training)
+        for dtype in dtypes
+        for shape in (MODEL_QUICK_SHAPES if quick else MODEL_SHAPES)
+        for training in (False, True)
+        if not (training and shape.C_in == 512)  # minutes
     ]
 
 

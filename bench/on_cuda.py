@@ -8,11 +8,14 @@ float32 products are exact for "fp32" and may be tf32 for "tf32", for PyTorch's 
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,32 +116,65 @@ def measure(group: Group) -> dict[str, tuple[float, float]]:
     }
 
 
-def run(cases: Iterable[Case]) -> int:
-    """Measures and prints all cases. 1 where one failed its check, else 0."""
+def _number(seconds: float) -> float | None:
+    """JSON has no NaN."""
+    return seconds if math.isfinite(seconds) else None
+
+
+def _group_numbers(group: Group, times: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    variants = {
+        name: {"device_seconds": _number(device), "called_seconds": _number(called)}
+        for name, (device, called) in times.items()
+    }
+    return {"title": group.title, "flops": group.flops, "variants": variants}
+
+
+def run(cases: Sequence[Case], json_path: Path | None = None, arguments: Sequence[str] = ()) -> int:
+    """Measures and prints all cases. 1 where one failed its check, else 0.
+
+    json_path: all numbers go there, and where the run is interrupted those of the cases that were finished; arguments:
+    what the user asked for, to be written with them.
+    """
     properties = torch.cuda.get_device_properties(0)
-    print(f"{properties.name}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    print(f"{properties.name}, torch {versions['torch']}, CUDA {versions['cuda']}")
     print("microseconds: device (as called); ratio to ours; TFLOP/s of the products (optimizers: TB/s)\n", flush=True)
-    failures = 0
+    results: list[dict[str, Any]] = []
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    for case in cases:
-        print(f"{case.operator} {case.name} {case.dtype}", flush=True)
-        torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = case.dtype == "tf32"
-        try:
-            for group in case.groups():
-                times = measure(group)
-                # All by the time as called where one has no other.
-                which = int(any(math.isnan(device) for device, _ in times.values()))
-                ours = next(iter(times.values()))[which]
-                print(f"  {group.title}")
-                for name, (device, called) in times.items():
-                    counted = (device, called)[which]
-                    rate = group.flops / counted * 1e-12
-                    columns = f"{device * 1e6:9.1f} ({called * 1e6:8.1f}) {counted / ours:7.2f} {rate:8.1f}"
-                    print(f"    {name:24}{columns}", flush=True)
-        except Exception as failure:  # GateFailure, or what one case alone runs into
-            print(f"  FAILED: {type(failure).__name__}: {failure}", flush=True)
-            failures += 1
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.allow_tf32 = before[1]
-    return 1 if failures else 0
+    try:
+        for case in cases:
+            results.append(_run_case(case))
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+        if json_path:
+            head = {"device": properties.name, "versions": versions, "arguments": list(arguments)}
+            everything = head | {"complete": len(results) == len(cases), "results": results}
+            json_path.write_text(json.dumps(everything, indent=1) + "\n")
+    return 1 if any(result["failure"] for result in results) else 0
+
+
+def _run_case(case: Case) -> dict[str, Any]:
+    """Measures and prints one case; its numbers for JSON."""
+    result: dict[str, Any] = {"operator": case.operator, "case": case.name, "dtype": case.dtype, "failure": None}
+    result["groups"] = groups = []
+    print(f"{case.operator} {case.name} {case.dtype}", flush=True)
+    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = case.dtype == "tf32"
+    try:
+        for group in case.groups():
+            times = measure(group)
+            groups.append(_group_numbers(group, times))
+            # All by the time as called where one has no other.
+            which = int(any(math.isnan(device) for device, _ in times.values()))
+            ours = next(iter(times.values()))[which]
+            print(f"  {group.title}")
+            for name, (device, called) in times.items():
+                counted = (device, called)[which]
+                rate = group.flops / counted * 1e-12
+                columns = f"{device * 1e6:9.1f} ({called * 1e6:8.1f}) {counted / ours:7.2f} {rate:8.1f}"
+                print(f"    {name:24}{columns}", flush=True)
+    except Exception as failure:  # GateFailure, or what one case alone runs into
+        result["failure"] = f"{type(failure).__name__}: {failure}"
+        print(f"  FAILED: {result['failure']}", flush=True)
+    return result

@@ -36,27 +36,22 @@ class CudaAttentionPoolCall : public AttentionPoolArguments {
     args.halves = args.gated ? 2 : 1;
     args.column_tiles = (args.halves * cuda::round_up(args.hidden, args.gated ? 32 : 1) + cuda::kPoolColumns - 1) / cuda::kPoolColumns;
     args.padded_hidden = args.column_tiles * cuda::kPoolColumns / args.halves;
-    args.weight = weight;
-    args.gate_weight = gate_weight;
     args.wide = args.width % 8 == 0;
     args.wide_kept = args.hidden % 8 == 0;
     args.x = x.const_data_ptr();
     if (args.batch.rows > 0 && args.width > 0) find_x(stream);
+    args.weight = readable_weight(weight, stream);
+    args.gate_weight = readable_weight(gate_weight, stream);
   }
 
   at::Tensor bytes(int64_t n) const { return at::empty({n}, x.options().dtype(at::kByte)); }
   at::Tensor floats(at::IntArrayRef shape) const { return at::empty(shape, x.options().dtype(at::kFloat)); }
 
-  // Weights and parameters as the products of rows of x and what follows them read them; they live as long as the call.
-  // weights: else the parameters alone.
-  void pack(bool weights, cudaStream_t stream) {
-    if (weights) {
-      keep_.push_back(bytes(cuda::packed_bytes(args)));
-      args.packed = keep_.back().mutable_data_ptr();
-    }
+  // bias, gate_bias and query as the kernels read them; they live as long as the call.
+  void find_parameters(cudaStream_t stream) {
     keep_.push_back(floats({2 + args.heads, args.padded_hidden}));
     args.parameters = keep_.back().mutable_data_ptr<float>();
-    check_cuda(cuda::pykernels_cuda_attention_pool_pack(&args, stream), "attention_pool_pack");
+    check_cuda(cuda::pykernels_cuda_attention_pool_parameters(&args, stream), "attention_pool_parameters");
   }
 
   cuda::AttentionPool args{};
@@ -71,14 +66,23 @@ class CudaAttentionPoolCall : public AttentionPoolArguments {
     const bool readable = args.in_width == args.width && (x.stride(-1) == 1 || args.width == 1) && row * size % 16 == 0 &&
                           sequence * size % 16 == 0 && aligned(args.x);
     if (readable) return;
-    keep_.push_back(bytes(args.batch.rows * args.in_width * size));
-    void* staged = keep_.back().mutable_data_ptr();
-    check_cuda(cuda::pykernels_cuda_stage_rows(dtype, args.x, sequence, row, x.stride(-1), args.batch.rows, length, args.width,
-                                               args.in_width, staged, stream),
-               "stage_rows");
-    args.x = staged;
+    args.x = stage(args.x, sequence, row, x.stride(-1), args.batch.rows, length, stream);
     args.x_sequence = packed_rows() ? 0 : length * args.in_width;
     args.x_row = args.in_width;
+  }
+
+  const void* readable_weight(const void* from, cudaStream_t stream) {
+    const bool readable = args.in_width == args.width && aligned(from);
+    return readable || !from || args.hidden * args.width == 0 ? from : stage(from, 0, args.width, 1, args.hidden, args.hidden, stream);
+  }
+
+  // A copy of rows of `width` elements as contiguous ones of in_width.
+  const void* stage(const void* from, int64_t sequence, int64_t row, int64_t column, int64_t rows, int64_t length, cudaStream_t stream) {
+    keep_.push_back(bytes(rows * args.in_width * static_cast<int64_t>(x.element_size())));
+    void* to = keep_.back().mutable_data_ptr();
+    check_cuda(cuda::pykernels_cuda_stage_rows(dtype, from, sequence, row, column, rows, length, args.width, args.in_width, to, stream),
+               "stage_rows");
+    return to;
   }
 };
 
@@ -123,7 +127,7 @@ Results attention_pool_fwd(const at::Tensor& x, const at::Tensor& weight, const 
   args.pooled = pointer(pooled);
   args.kept = pointer(kept);
   cut_chunks(args);
-  call.pack(true, device.stream);
+  call.find_parameters(device.stream);
   at::Tensor parts, ends;
   if (args.batch.packed ? args.batch.rows > args.chunk_rows : args.sequence_chunks > 1) {
     parts = call.floats({std::max<int64_t>(1, args.chunks * args.heads * args.width)});
@@ -186,7 +190,7 @@ Gradients attention_pool_bwd(const OptionalTensor& dout, const OptionalTensor& d
   args.wide = args.wide && aligned(args.dout);
   args.wide_kept = args.wide_kept && aligned(args.kept);
 
-  call.pack(!args.kept, device.stream);
+  call.find_parameters(device.stream);
   const at::Tensor delta = call.floats({call.batch(), args.heads}), a = call.floats({args.heads, rows}),
                    ds = call.floats({args.heads, rows});
   args.delta = delta.mutable_data_ptr();

@@ -3,11 +3,9 @@
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 
-namespace pykernels {
+#include "device.h"
 
-void check_cuda(cudaError_t error, const char* what) {
-  TORCH_CHECK(error == cudaSuccess, "pykernels: ", what, ": ", cudaGetErrorString(error));
-}
+namespace pykernels {
 
 cuda::Batch batch_of(const at::Tensor& x, const OptionalTensor& mask, const OptionalTensor& lengths, const OptionalTensor& cu_seqlens,
                      cudaStream_t stream, std::vector<at::Tensor>& keep) {

@@ -9,9 +9,6 @@
 
 namespace pykernels {
 
-// Throws RuntimeError for what a launcher returned.
-void check_cuda(cudaError_t error, const char* what);
-
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // mask [B, L], lengths [B] or cu_seqlens [B + 1] of x, on x's device; their values are looked at by the kernels alone. Tensors that the

@@ -3,6 +3,7 @@
 
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
 
 // The dispatch key of the operators here.
 #define PYKERNELS_DEVICE_KEY CUDA
@@ -20,5 +21,10 @@ struct OnDevice {
   c10::cuda::OptionalCUDAGuard guard;
   cudaStream_t stream;
 };
+
+// Throws RuntimeError for what a launcher returned.
+inline void check_cuda(cudaError_t error, const char* what) {
+  TORCH_CHECK(error == cudaSuccess, "pykernels: ", what, ": ", cudaGetErrorString(error));
+}
 
 }  // namespace pykernels

@@ -6,27 +6,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// How many elements the packed weights have, where they are wanted.
-__host__ __device__ __forceinline__ int64_t packed_elements(const AttentionPool& p) {
-  return p.packed ? p.column_tiles * kPoolColumns * p.in_width : 0;
-}
-
-// Weights to [tile of kPoolColumns][in_width], then parameters; a thread for each element.
 template <class T>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ AttentionPool p) {
-  const int64_t packed = packed_elements(p);
-  int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (index < packed) {
-    const int64_t packed_column = index / p.in_width, k = index % p.in_width;
-    const bool gate = p.gated && packed_column % 64 >= 32;
-    const int64_t unit = p.gated ? packed_column / 64 * 32 + packed_column % 32 : packed_column;
-    const T* from = static_cast<const T*>(gate ? p.gate_weight : p.weight);
-    static_cast<T*>(p.packed)[permuted_column(packed_column) * p.in_width + k] =
-        unit < p.hidden && k < p.width ? from[unit * p.width + k] : from_float<T>(0.f);
-    return;
-  }
-  index -= packed;
-  const int64_t row = p.padded_hidden > 0 ? index / p.padded_hidden : 2 + p.heads, unit = index - row * p.padded_hidden;
+__global__ void __launch_bounds__(kThreads) parameters_kernel(const __grid_constant__ AttentionPool p) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = index / p.padded_hidden, unit = index % p.padded_hidden;
   if (row >= 2 + p.heads) return;
   const T* from = static_cast<const T*>(row == 0 ? p.bias : row == 1 ? p.gate_bias : p.query);
   if (row > 1) from += (row - 2) * p.hidden;
@@ -42,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) pack_transposed_kernel(const __grid_
   const T* from = static_cast<const T*>(blockIdx.z ? p.gate_weight : p.weight);
   for (int i = threadIdx.x / kTile; i < kTile; i += kThreads / kTile) {
     const int64_t unit = unit0 + i, column = column0 + threadIdx.x % kTile;
-    tile[i][threadIdx.x % kTile] = unit < p.hidden && column < p.width ? from[unit * p.width + column] : from_float<T>(0.f);
+    tile[i][threadIdx.x % kTile] = unit < p.hidden && column < p.width ? from[unit * p.in_width + column] : from_float<T>(0.f);
   }
   __syncthreads();
   for (int i = threadIdx.x / kTile; i < kTile; i += kThreads / kTile) {
@@ -280,10 +262,10 @@ unsigned head_blocks(const AttentionPool& p) { return unsigned(p.heads < 65535 ?
 
 extern "C" {
 
-cudaError_t pykernels_cuda_attention_pool_pack(const AttentionPool* p, cudaStream_t stream) {
-  const int64_t elements = packed_elements(*p) + (2 + p->heads) * p->padded_hidden;
+cudaError_t pykernels_cuda_attention_pool_parameters(const AttentionPool* p, cudaStream_t stream) {
+  const int64_t elements = (2 + p->heads) * p->padded_hidden;
   if (elements == 0) return cudaSuccess;
-  const Kernel kernel = choose(p->dtype, pack_kernel<float>, pack_kernel<bfloat16>, pack_kernel<float16>);
+  const Kernel kernel = choose(p->dtype, parameters_kernel<float>, parameters_kernel<bfloat16>, parameters_kernel<float16>);
   return launch(kernel, dim3(blocks_of(elements, kThreads)), dim3(kThreads), 0, stream, *p);
 }
 

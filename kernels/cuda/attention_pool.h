@@ -23,13 +23,12 @@ struct AttentionPool : AttentionPoolForm {
   Dtype dtype;
   bool tf32;  // float32 may be multiplied in tf32
   Batch batch;
-  // x, the packed weights and dh are read 16 bytes at a time: strides and widths are multiples of that.
+  // x, the weights and dh are read 16 bytes at a time: strides and widths are multiples of that.
   const void* x;
   int64_t x_sequence, x_row;         // strides in elements
   int64_t in_width, hidden_width;    // width and hidden rounded up: what follows in a row of x or the weights is zeros
   int64_t halves;                    // 2 with a gate, else 1
-  const void *weight, *gate_weight;  // [hidden, width]
-  void* packed;                      // [column_tiles, kPoolColumns, in_width], or null: only the parameters are packed
+  const void *weight, *gate_weight;  // [hidden, in_width]
   float* parameters;                 // bias, gate_bias, then query: [2 + heads, padded_hidden], zeros behind the units that exist
   int64_t column_tiles, padded_hidden;
   bool wide, wide_kept;  // rows of width, and of hidden, begin at multiples of 16 bytes
@@ -52,15 +51,13 @@ struct AttentionPool : AttentionPoolForm {
   void *dweight, *dgate_weight, *dquery, *dbias, *dgate_bias;  // or null
 };
 
-inline int64_t packed_bytes(const AttentionPool& p) { return p.column_tiles * kPoolColumns * p.in_width * element_size(p.dtype); }
 inline int64_t packed_transposed_bytes(const AttentionPool& p) {
   return round_up(p.width, 32) * p.halves * p.hidden_width * element_size(p.dtype);
 }
 
 extern "C" {
 
-// Weights and parameters.
-cudaError_t pykernels_cuda_attention_pool_pack(const AttentionPool*, cudaStream_t);
+cudaError_t pykernels_cuda_attention_pool_parameters(const AttentionPool*, cudaStream_t);
 // out, pooled, max_sum, scores, kept; then weights.
 cudaError_t pykernels_cuda_attention_pool_forward(const AttentionPool*, cudaStream_t);
 

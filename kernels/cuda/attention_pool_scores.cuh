@@ -1,6 +1,6 @@
 // Products of rows of x with all hidden units, one tile of columns after the other: what forward and backward begin with.
 //
-// Packed columns are hidden units; with a gate they are groups of 64, 32 units and their 32 gates. A warp has 32 rows and 64 columns, so
+// Columns are hidden units; with a gate they are groups of 64, 32 units and their 32 gates. A warp has 32 rows and 64 columns, so
 // that what a warp sums does not depend on the tile.
 #pragma once
 
@@ -39,6 +39,7 @@ class ScoreProduct {
  public:
   static constexpr int kABytes = Tile::kRows * Tile::kStepBytes, kBBytes = Tile::kColumns * Tile::kStepBytes;
   static_assert(Tile::kColumns == kPoolColumns && Tile::kWarpRows == kSumRows && Tile::kWarpColumns == 64);
+  static_assert(Tile::kPassRows == 32 || Tile::kPassRows == 64);
 
   // Shared memory: all of the rows where they are to stay, else as many stages of them as of the weights.
   __host__ __device__ static int64_t depth(const AttentionPool& p) {
@@ -55,10 +56,13 @@ class ScoreProduct {
         steps_(p.column_tiles * depth_),
         resident_(resident),
         a_(shared_address(shared)),
-        b_(a_ + (resident ? depth_ : Tile::kStages) * kABytes) {
-    const int row = threadIdx.x / Tile::kRowThreads;
-    fallback_ = static_cast<const char*>(p.packed);
-    weights_ = fallback_ + row * width_;
+        b_(a_ + (resident ? depth_ : Tile::kStages) * kABytes),
+        weight_(static_cast<const char*>(p.weight)),
+        gate_weight_(static_cast<const char*>(p.gated ? p.gate_weight : p.weight)),
+        hidden_(int(p.hidden)),
+        gated_(p.gated) {
+    const int row = threadIdx.x / Tile::kRowThreads, in = row % 32;
+    unit_ = in % 8 / 2 * 8 + in / 8 * 2 + in % 2;  // permuted_column brings it to `in`
     to_ = Tile::swizzled(row, threadIdx.x % Tile::kRowThreads);
 #pragma unroll
     for (int i = 0; i < Tile::kARows; i++) from_[i] = rows[row + i * Tile::kPassRows].x;
@@ -90,25 +94,29 @@ class ScoreProduct {
  private:
   __device__ __forceinline__ void copy_next() {
     if (next_ < steps_) {
-      const bool inside = column_ + threadIdx.x % Tile::kRowThreads * 16 < width_;
       const int64_t column = column_ + threadIdx.x % Tile::kRowThreads * 16;
+      const bool inside = column < width_;
+      const auto copy = [&](uint32_t to, const char* from, bool valid) {
+        valid &= inside;
+        copy_async(to + to_, valid ? from + column : weight_, valid);
+      };
       if (!resident_ || next_ < depth_) {
-        const uint32_t a = a_ + (resident_ ? int(next_) : write_) * kABytes + to_;
+        const uint32_t a = a_ + (resident_ ? int(next_) : write_) * kABytes;
 #pragma unroll
-        for (int i = 0; i < Tile::kARows; i++) {
-          const bool valid = inside && from_[i];
-          copy_async(a + i * Tile::kPassRows * Tile::kStepBytes, valid ? from_[i] + column : fallback_, valid);
-        }
+        for (int i = 0; i < Tile::kARows; i++) copy(a + i * Tile::kPassRows * Tile::kStepBytes, from_[i], from_[i]);
       }
 #pragma unroll
       for (int i = 0; i < Tile::kBRows; i++) {
-        copy_async(b_ + write_ * kBBytes + to_ + i * Tile::kPassRows * Tile::kStepBytes,
-                   inside ? weights_ + i * Tile::kPassRows * width_ + column : fallback_, inside);
+        // Which 32 columns of the tile.
+        const int group = (Tile::kPassRows == 32 ? 0 : threadIdx.x / Tile::kRowThreads / 32) + i * (Tile::kPassRows / 32);
+        const int unit = unit_ + 32 * (gated_ ? group / 2 : group);
+        copy(b_ + write_ * kBBytes + i * Tile::kPassRows * Tile::kStepBytes, (group % 2 ? gate_weight_ : weight_) + unit * width_,
+             unit < hidden_);
       }
       column_ += Tile::kStepBytes;
       if (column_ >= width_) {
         column_ = 0;
-        weights_ += Tile::kColumns * width_;
+        unit_ += gated_ ? Tile::kColumns / 2 : Tile::kColumns;
       }
       write_ = write_ + 1 == Tile::kStages ? 0 : write_ + 1;
     }
@@ -122,7 +130,9 @@ class ScoreProduct {
   bool resident_;
   uint32_t a_, b_, to_;
   int write_ = 0;
-  const char *weights_, *fallback_;
+  const char *weight_, *gate_weight_;
+  int unit_, hidden_;  // unit_: the first hidden unit that this thread copies for the next tile of columns
+  bool gated_;
   const char* from_[Tile::kARows];
 };
 

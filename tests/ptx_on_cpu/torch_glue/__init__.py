@@ -4,13 +4,15 @@ The sources are those of the GPU's library. Two things differ: device.h, which i
 C++ and of the operators, so that the CPU's own kernels stay what they are.
 """
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from .. import Library, build_glue
+from .. import Library, Runtime, build_glue
 
 HERE = Path(__file__).parent
 
@@ -48,3 +50,20 @@ def record_allocations(operators: ctypes.CDLL) -> None:
     operators.ptx_record_allocations()
 
 
+@contextlib.contextmanager
+def count_launchers(operators: ctypes.CDLL, runtime: Runtime) -> Iterator[list[tuple[str, dict[str, int]]]]:
+    """Collects the name that each launcher of a counting build is checked by, and what its kernels counted."""
+    found: list[tuple[str, dict[str, int]]] = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+    def after(name: bytes) -> None:
+        found.append((name.decode(), runtime.counters()))
+        runtime.reset_counters()  # so that distinct sectors are those of one launcher
+
+    pointer = ctypes.c_void_p.in_dll(operators, "ptx_after_launcher")
+    runtime.reset_counters()
+    pointer.value = ctypes.cast(after, ctypes.c_void_p).value
+    try:
+        yield found
+    finally:
+        pointer.value = None

@@ -43,6 +43,10 @@ class Recording final : public c10::Allocator {
 
 }  // namespace
 
+extern "C" {
+void (*ptx_after_launcher)(const char* what) = nullptr;
+}
+
 // From now on for the whole process.
 extern "C" __attribute__((visibility("default"))) void ptx_record_allocations() {
   static bool done = false;

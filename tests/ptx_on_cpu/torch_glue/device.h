@@ -6,6 +6,8 @@
 
 #define PYKERNELS_DEVICE_KEY CPU
 
+extern "C" void (*ptx_after_launcher)(const char* what);  // null, or what Python has set
+
 namespace pykernels {
 
 struct OnDevice {
@@ -13,5 +15,10 @@ struct OnDevice {
 
   cudaStream_t stream = nullptr;
 };
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  TORCH_CHECK(error == cudaSuccess, "pykernels: ", what, ": ", cudaGetErrorString(error));
+  if (ptx_after_launcher) ptx_after_launcher(what);
+}
 
 }  // namespace pykernels

@@ -1,0 +1,132 @@
+"""`python -m bench --model gpu`: its arithmetic, and the whole of it on the smallest operator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import __main__ as command
+from bench import bench_child_update, bench_gated_conv, gpu_model
+from bench.gated_conv_baselines import Shape
+from bench.gpu_model import GPUS, Gpu, Work, extrapolate, operations
+from bench.jobs import GateFailure
+from tests import ptx_on_cpu
+
+needs_nvcc = pytest.mark.skipif(ptx_on_cpu.unavailable() is not None, reason=f"{ptx_on_cpu.unavailable()}")
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def moved(call) -> dict[str, float]:
+    return {name: work.moved for name, work in operations(call)}
+
+
+def test_what_operations_move() -> None:
+    x, y = meta(10, 6), meta(10, 6)
+    assert moved(lambda: x + y) == {"add": 3 * 240}
+    assert moved(lambda: x * x) == {"mul": 2 * 240}  # read once
+    assert moved(lambda: x.add_(y)) == {"add_": 3 * 240}
+    assert moved(lambda: x.t().reshape(6, 10)[:3].unsqueeze(0)) == {}  # views
+    assert moved(lambda: x.t().contiguous()) == {"clone": 2 * 240}
+    assert moved(lambda: x + meta(1, 6).expand(10, 6)) == {"add": 2 * 240 + 24}
+    assert moved(lambda: x.bfloat16()) == {"_to_copy": 240 + 120}
+    assert moved(lambda: torch.empty_like(x)) == {}
+
+
+def test_products_of_operations() -> None:
+    ((name, work),) = operations(lambda: F.linear(meta(8, 4), meta(5, 4)).detach())[-1:]
+    assert (name, work.products) == ("mm", 2 * 8 * 4 * 5)
+    ((name, work),) = operations(lambda: F.conv1d(meta(2, 4, 9), meta(6, 4, 3), padding=1))
+    assert (name, work.products) == ("convolution", 2 * 2 * 9 * 6 * 4 * 3)
+
+
+def test_rooflines() -> None:
+    gpu = Gpu("g", 100.0, {"bf16": 1000.0, "fp32": 100.0})
+    assert Work(moved=200, products=1000).seconds(gpu, "bf16") == 2.0
+    assert Work(moved=200, products=5000).seconds(gpu, "bf16") == 5.0
+    assert Work(moved=200, products=1000, fp32=600).seconds(gpu, "bf16") == 6.0  # on units of their own
+    for known in GPUS:
+        assert set(known.peaks) == {"fp32", "tf32", "bf16", "fp16"}
+        assert known.peaks["bf16"] == known.peaks["fp16"] == 2 * known.peaks["tf32"]
+
+
+def test_extrapolation_says_how_straight_the_counts_are() -> None:
+    found = [{"pack": Work(7, 5, 0), "run": Work(10 * n, 4 + 3 * n, 100 * n)} for n in (1, 2, 3)]
+    launchers, deviation = extrapolate(found, (1, 2, 3), 64)
+    assert launchers == {"pack": Work(7, 5, 0), "run": Work(640, 4 + 3 * 64, 6400)} and deviation == 0
+    found[2]["run"] = Work(30, 14, 300)
+    assert extrapolate(found, (1, 2, 3), 64)[1] == pytest.approx(1 / 13)
+
+
+def test_what_gated_conv_has_to_move() -> None:
+    case = bench_gated_conv.model_case(Shape(8, 16, 4, 4, 3, 1), "bf16", training=False)
+    x, weight, bias = 16 * 4, 8 * 4 * 3, 8
+    assert case.compulsory(5) == 2 * (5 * x + weight + bias + 5 * x)
+    assert case.products(5) == 2 * 5 * 16 * 3 * 4 * 8 and case.reported == 8
+    eager = moved(case.eager(5))
+    # The convolution and its bias, sigmoid(z), 1 - g, and two products and a sum.
+    assert eager["convolution"] == 2 * (5 * x + weight + bias + 2 * 5 * x)
+    assert eager["sigmoid"] == eager["rsub"] == 2 * 2 * 5 * x and eager["add"] == 2 * 3 * 5 * x
+    assert len(operations(case.eager(5))) == 6
+
+
+def arguments(path: Path) -> list[str]:
+    return ["child_update", "--model", "gpu", "--dtype", "bf16", "--case", "parameters", "--json", str(path)]
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_the_whole_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments(tmp_path / "now.json")) == 0
+    printed = capsys.readouterr().out
+    assert "A MODEL, NOT A MEASUREMENT" in printed and "exactly linear" in printed and "PASS" in printed
+    written = json.loads((tmp_path / "now.json").read_text())
+    assert written["complete"] and [r["title"] for r in written["results"]] == ["step, F", "step, D"]
+    drawn, stored = written["results"]
+    elements = 2**24
+    assert drawn["compulsory"]["moved"] == elements * (3 * 2 + 16) and drawn["deviation"] == 0
+    assert set(drawn["launchers"]) == {"child_update"}
+    assert 1 <= drawn["ratio"] < 1.01 and 1 <= stored["ratio"] < 1.15
+    assert stored["counted"] == [1, 2, 3] and stored["reported"] == 512 and stored["deviation"] < 0.01
+    seconds = drawn["model_seconds"]["H100"]
+    assert seconds["ours"] == pytest.approx(drawn["launchers"]["child_update"]["moved"] / 3.35e12)
+    assert seconds["compulsory"] <= seconds["ours"] < seconds["eager"]
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_wrong_kernels_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(dtype: torch.dtype) -> None:
+        raise GateFailure("p: not finite")
+
+    monkeypatch.setattr(bench_child_update, "check", check)
+    assert command.main(arguments(tmp_path / "now.json")) == 1
+    written = json.loads((tmp_path / "now.json").read_text())
+    assert [r["failure"] for r in written["results"]] == ["GateFailure: p: not finite"] * 2
+
+
+@needs_nvcc
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["gated_conv", "--model", "gpu", "--quick", "--list", "--dtype", "bf16"]) == 0
+    assert "gated_conv1d  bf16  B128 L256 C128 K3 d4  forward" in capsys.readouterr().out.splitlines()
+    for wrong, message in [(["--device", "cuda"], "goes with"), (["--case", "nothing"], "no case")]:
+        with pytest.raises(SystemExit) as error:
+            command.main(["--model", "gpu", *wrong])
+        assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_without_a_compiler_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_model, "unavailable", lambda: "needs nvcc, in CUDA_HOME or PATH")
+    with pytest.raises(SystemExit) as error:
+        command.main(["--model", "gpu"])
+    assert error.value.code == 2 and "needs nvcc" in capsys.readouterr().err
