@@ -22,10 +22,10 @@ struct LoraLinearArgs : LoraLinearForm {
   void* y;           // [rows, out]
 
   const int64_t* adapter_of;  // of each row, -1 for none; null where all rows have adapter 0
-  const void* a;         // C [adapters, rank, a_row], zeros behind in
-  const void* b;         // C [adapters, rank, b_row]: B transposed, times the scale; zeros behind out
-  int64_t a_row, b_row;  // multiples of two vectors
-  void* s;               // C [rows, rank]: A drop(x)
+  const void* a;              // C [adapters, rank, a_row], zeros behind in
+  const void* b;              // C [adapters, rank, b_row]: B transposed, times the scale; zeros behind out
+  int64_t a_row, b_row;       // multiples of two vectors
+  void* s;                    // C [rows, rank]: A drop(x)
 
   // The bits of dropout: keep_row bytes a row, and one byte behind the last.
   uint8_t* keep;  // null without dropout
