@@ -14,8 +14,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(machine_code.unavailable() is not None, reason=f"{machine_code.unavailable()}"),
 ]
-# Bytes, of kernels that have up to 255 registers: strict float32's attention_pool has 64 sums a thread and scores beside
-# them, lora_linear's large tiles 128 sums and two sources of rows.
+# Bytes, of kernels that have up to 255 registers: strict float32's attention_pool has 64 sums a thread and scores
+# beside them, lora_linear's large tiles 128 sums and two sources of rows.
 POOL_FLOAT32 = "attention_pool_forward_kernel<ProductTile<Float32Math, 64, 128, 2, 2, 4> >"
 LORA_LARGE = "lora_product_kernel<RowsTile<ProductTile<{}, 128, 128, 2, 2, 4> > >"
 LORA_FLOAT32 = "lora_product_kernel<RowsTile<ProductTile<Float32Math, 32, 64, 2, 1, 4> > >"
