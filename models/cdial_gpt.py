@@ -42,6 +42,10 @@ class CDialGPT(OpenAIGPTLMHeadModel):
 
     config_class = CDialGPTConfig
 
+    def __init__(self, config: CDialGPTConfig) -> None:
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"  # which transformers finds in the names of its own classes
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -55,8 +59,9 @@ class CDialGPT(OpenAIGPTLMHeadModel):
         if input_ids is not None:
             if input_ids.dim() != 2 or input_ids.is_floating_point():
                 raise ValueError(f"input_ids: expected integers [B, L], got {input_ids.dtype} {list(input_ids.shape)}")
-            if input_ids.shape[1] > self.config.n_positions:
-                raise ValueError(f"input_ids: expected at most {self.config.n_positions} tokens, got {input_ids.shape[1]}")
+            longest, length = self.config.n_positions, input_ids.shape[1]
+            if length > longest:
+                raise ValueError(f"input_ids: expected at most {longest} tokens, got {length}")
             if token_type_ids is None:
                 token_type_ids = speaker_types(input_ids, self.config.speakers, self.config.bos_token_id)
         if position_ids is None and attention_mask is not None:

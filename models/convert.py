@@ -144,7 +144,8 @@ def _nezha_sources(model: Any) -> dict[str, Source]:
     sources = {"cls.predictions.bias": Source(("cls/predictions/output_bias",))}
     for name in ("word_embeddings", "token_type_embeddings"):
         sources[f"bert.embeddings.{name}.weight"] = Source((f"bert/embeddings/{name}",))
-    dense, norms = ["cls.predictions.transform.dense"], ["bert.embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"]
+    dense = ["cls.predictions.transform.dense"]
+    norms = ["bert.embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"]
     for i in range(model.config.num_hidden_layers):
         layer = f"bert.encoder.layer_{i}"
         dense += [f"{layer}.attention.self.{name}" for name in ("query", "key", "value")]
@@ -224,7 +225,8 @@ def _check(
             wanted[variable] = (*shape[:-1], shape[-1] // len(source.variables))
     there = {name for name in checkpoint.variables if not SKIPPED.fullmatch(name) and not optional.fullmatch(name)}
     problems = [f"missing: {name} {list(wanted[name])}" for name in sorted(wanted.keys() - there)]
-    problems += [f"not known: {name} {list(checkpoint.variables[name].shape)}" for name in sorted(there - wanted.keys())]
+    unknown = sorted(there - wanted.keys())
+    problems += [f"not known: {name} {list(checkpoint.variables[name].shape)}" for name in unknown]
     for name in sorted(wanted.keys() & there):
         variable = checkpoint.variables[name]
         if variable.shape != wanted[name]:
@@ -269,10 +271,9 @@ def convert(kind: str, checkpoint: str | Path, out: Path, config: Mapping[str, A
             from transformers import BertTokenizer
 
             tokenizer = BertTokenizer(str(vocab))
-            if len(tokenizer) > model.config.vocab_size:
-                raise CheckpointError(
-                    f"{vocab}: expected at most {model.config.vocab_size} tokens, as the model has, got {len(tokenizer)}"
-                )
+            most, got = model.config.vocab_size, len(tokenizer)
+            if got > most:
+                raise CheckpointError(f"{vocab}: expected at most {most} tokens, as the model has, got {got}")
             tokenizer.save_pretrained(temporary)
         model.save_pretrained(temporary)
         os.replace(temporary, out)

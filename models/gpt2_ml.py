@@ -1,7 +1,7 @@
 """GPT2_ML, the Chinese language model of 1.4 billion parameters, as a model of transformers.
 
-imcaspar, https://github.com/imcaspar/gpt2-ml; Su Jianlin, https://kexue.fm/archives/7292. Attention and MLP are those of
-transformers' GPT-2; the block is another, and neither GPT-2's nor BERT's:
+imcaspar, https://github.com/imcaspar/gpt2-ml; Su Jianlin, https://kexue.fm/archives/7292. Attention and MLP are those
+of transformers' GPT-2; the block is another, and neither GPT-2's nor BERT's:
 
     x = LN(word embedding + position embedding)                             [B, L, D]
     u = x + attention(x)                                                    not normalised, before or after
@@ -90,7 +90,8 @@ class GPT2MLPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Conv1D):
-            initialization.normal_(module.weight, std=getattr(module, "initializer_range", self.config.initializer_range))
+            std = getattr(module, "initializer_range", self.config.initializer_range)
+            initialization.normal_(module.weight, std=std)
             initialization.zeros_(module.bias)
 
 
@@ -150,6 +151,7 @@ class GPT2ML(GPT2MLPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: GPT2MLConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # which transformers finds in the names of its own classes
         self.transformer = GPT2MLModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()

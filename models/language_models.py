@@ -12,7 +12,8 @@ def check_inputs(
 ) -> None:
     """Raises ValueError for what a model with `past` cached and at most `longest` positions cannot take."""
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError(f"input_ids, inputs_embeds: expected one of them, got {'none' if input_ids is None else 'both'}")
+        got = "none" if input_ids is None else "both"
+        raise ValueError(f"input_ids, inputs_embeds: expected one of them, got {got}")
     if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
         raise ValueError(f"input_ids: expected integers [B, L], got {input_ids.dtype} {list(input_ids.shape)}")
     width = config.hidden_size

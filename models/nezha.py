@@ -208,6 +208,7 @@ class NezhaDialog(NezhaPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: NezhaConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # which transformers finds in the names of its own classes
         self.bert = NezhaModel(config)
         self.cls = BertOnlyMLMHead(config)
         self.post_init()
@@ -278,7 +279,7 @@ class NezhaDialog(NezhaPreTrainedModel, GenerationMixin):
         return self.config.eos_token_id
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """A reply has the segment that its history's [SEP]s tell; transformers would repeat that of the last speaker."""
+        """A reply has the segment that its history's [SEP]s tell; transformers would repeat the last speaker's."""
         if kwargs.get("token_type_ids") is not None:
             raise ValueError("token_type_ids: expected none in generation, which finds them by [SEP], got some")
         kwargs["token_type_ids"] = speaker_segments(input_ids, self._sep())
@@ -288,8 +289,11 @@ class NezhaDialog(NezhaPreTrainedModel, GenerationMixin):
 def encode_dialog(
     utterances: Sequence[Sequence[int]], *, cls: int, sep: int, longest: int = 512
 ) -> tuple[list[int], list[int]]:
-    """[CLS] u_0 [SEP] u_1 [SEP] ... and the segments. Utterances that do not fit into `longest` with those before them
-    are left out, as in the article's training data; for a history, cut the oldest first (`cut_history`)."""
+    """[CLS] u_0 [SEP] u_1 [SEP] ... and the segments.
+
+    The utterances from the first that does not fit into `longest` on are left out, as in the article's training data;
+    for a history, cut the oldest first (`cut_history`).
+    """
     ids, segments = [cls], [0]
     for i, utterance in enumerate(utterances):
         if len(ids) + len(utterance) + 1 > longest:

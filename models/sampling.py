@@ -3,8 +3,7 @@
     model.generate(ids, **sampling.gpt2_ml_demo())
 
 Nucleus sampling keeps the most probable tokens whose probabilities add up to p. The token that crosses p is kept by
-bert4keras, CDial-GPT and transformers' own top_p, and left out by gpt2-ml (`NucleusWithoutCrossing`). bert4keras keeps
-the token whose sum is p exactly as the last, CDial-GPT one more: probabilities in floating point do not tell them apart.
+bert4keras, CDial-GPT and transformers' own top_p, and left out by gpt2-ml (`NucleusWithoutCrossing`).
 Where both are given, top-k comes first, and p is of what that leaves, in bert4keras and in transformers.
 
 An end token stops a text from a length on; before, it is a token like others in gpt2-ml and in bert4keras (`EndsFrom`),

@@ -1,9 +1,9 @@
 """TensorFlow checkpoints (PREFIX.index with PREFIX.data-00000-of-00001 ...) read without TensorFlow.
 
 The index is a sorted string table in the format of LevelDB: blocks of entries whose keys share prefixes, each block
-followed by a byte that tells its compression (0 none, 1 Snappy) and a masked CRC-32C. Keys are names of variables, values
-are protocol buffers (BundleEntryProto) with type, shape, and place in the data files. Formats:
-https://github.com/google/leveldb/blob/main/doc/table_format.md, https://github.com/google/snappy/blob/main/format_description.txt
+followed by a byte that tells its compression (0 none, 1 Snappy) and a masked CRC-32C. Keys are names of variables,
+values are protocol buffers (BundleEntryProto) with type, shape, and place in the data files. Formats:
+doc/table_format.md of https://github.com/google/leveldb, format_description.txt of https://github.com/google/snappy,
 and tensorflow/core/protobuf/tensor_bundle.proto.
 """
 

@@ -1,4 +1,4 @@
-"""The dialogue model on NEZHA: its formula, the recorded outputs of the original, and what transformers' models can do."""
+"""The dialogue model on NEZHA: its formula, recorded outputs of the original, and what transformers' models can do."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def step_by_step(model: NezhaDialog, ids: list[int], segments: list[int], causal
     at = torch.arange(length)
     near = ((at - at.unsqueeze(1)).clamp(-64, 64) + 64).tolist()
     rates = 10000 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    R = torch.stack([torch.stack([f(d * rates) for f in (torch.sin, torch.cos)], 1).flatten() for d in range(129)])[near]
+    angles = torch.arange(129, dtype=torch.float64).unsqueeze(1) * rates
+    R = torch.stack([angles.sin(), angles.cos()], 2).flatten(1)[near]
     words, types = (w[f"bert.embeddings.{name}_embeddings.weight"] for name in ("word", "token_type"))
     x = norm("bert.embeddings.LayerNorm", words[ids] + types[segments])
     for i in range(config.num_hidden_layers):
