@@ -184,7 +184,7 @@ class CMakeBuild(build_ext):
 
 installed = find_torch()
 setup(
-    packages=["pykernels", "pykernels.models"],
+    packages=["pykernels", "pykernels.models", "pykernels.triton_kernels"],
     package_dir={"pykernels.models": "models"},
     package_data={"pykernels": ["py.typed"]},
     ext_modules=[Extension("pykernels._C", sources=[])],

@@ -48,6 +48,7 @@ class Problem:
 
     shape: Shape
     dtype: torch.dtype
+    device: str = "cpu"
     inputs: dict[str, Tensor] = field(init=False)
     dy: Tensor = field(init=False)
 
@@ -56,7 +57,7 @@ class Problem:
         generator = torch.Generator().manual_seed(30)
 
         def normal(*sizes: int, scale: float = 1.0) -> Tensor:
-            return torch.randn(*sizes, generator=generator).mul_(scale).to(self.dtype)
+            return torch.randn(*sizes, generator=generator).mul_(scale).to(self.device, self.dtype)
 
         self.inputs = {
             "x": normal(s.B, s.L, s.D),
@@ -95,11 +96,11 @@ def eager_bmm(x: Tensor, *tensors: Tensor, **options: Tensor) -> Tensor:
 class BareGemm:
     """The products alone: [B*L, D] x [D, H], twice that with a gate; for training also the dX and dW forms of it."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(31)
 
         def normal(*sizes: int) -> Tensor:
-            return torch.randn(*sizes, generator=generator).to(dtype)
+            return torch.randn(*sizes, generator=generator).to(device, dtype)
 
         outputs = shape.H * (2 if shape.gated else 1)
         self.x, self.w, self.dh = normal(shape.rows, shape.D), normal(outputs, shape.D), normal(shape.rows, outputs)

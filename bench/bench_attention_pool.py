@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pykernels
 
-from . import gate
+from . import gate, on_cuda
 from .attention_pool_baselines import BareGemm, Problem, Shape, eager_bmm, eager_sum
 from .harness import OURS, Bar, Call
 from .jobs import GateFailure, Job, Options, Result, Session
@@ -45,6 +45,7 @@ SHAPES = (
     replace(BAG, gated=True),
 )
 QUICK_SHAPES = (MIDDLE, WIDE, LATENCY)
+CUDA_QUICK_SHAPES = (MIDDLE, WIDE, BAG)
 TINY = Shape(1, 2, 4, 4)
 FILLS = (30, 50, 60, 100)
 QUICK_FILLS = (50,)
@@ -107,13 +108,13 @@ def bars(shape: Shape, dtype: str, tier: str | None, training: bool) -> list[Bar
 def forward_variants(problem: Problem) -> dict[str, Call]:
     calls = {OURS: ours, "eager": eager_sum, BMM: eager_bmm}
     variants: dict[str, Call] = {name: partial(call, **problem.inputs) for name, call in calls.items()}
-    return variants | {GEMM: BareGemm(problem.shape, problem.dtype).forward}
+    return variants | {GEMM: BareGemm(problem.shape, problem.dtype, problem.device).forward}
 
 
 def training_variants(problem: Problem) -> dict[str, Call]:
     calls = {OURS: ours, KEPT: partial(ours, recompute=False), "eager": eager_sum, BMM: eager_bmm}
     variants = {name: _training(call, problem) for name, call in calls.items()}
-    return variants | {GEMM: BareGemm(problem.shape, problem.dtype).training}
+    return variants | {GEMM: BareGemm(problem.shape, problem.dtype, problem.device).training}
 
 
 def run_shape(shape: Shape, session: Session, result: Result) -> None:
@@ -199,6 +200,33 @@ def run_overhead(session: Session, result: Result) -> None:
     with torch.no_grad():
         variants = forward_variants(problem)
         session.group(result, "forward", {n: variants[n] for n in (OURS, "eager", BMM)}, limits, share=0.4)
+
+
+def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
+    problem = Problem(shape, dtype, "cuda")
+    check(problem)
+    with torch.no_grad():
+        variants: dict[str, Call | None] = dict(forward_variants(problem))
+        variants["torch.compile"] = on_cuda.compiled(eager_sum, lambda f: partial(f, **problem.inputs))
+        yield on_cuda.Group("forward", variants, shape.flops)
+    variants = dict(training_variants(problem))
+    variants["torch.compile"] = on_cuda.compiled(eager_sum, lambda f: _training(f, problem))
+    yield on_cuda.Group("forward + backward", variants, 3 * shape.flops)
+    if shape == RAGGED:
+        lengths = _lengths(shape, 50).cuda()
+        mask = torch.arange(shape.L, device="cuda") < lengths[:, None]
+        calls = {OURS: ours, LENGTHS: partial(ours, lengths=lengths), MASK: partial(ours, mask=mask)}
+        forward = {name: torch.no_grad()(partial(call, **problem.inputs)) for name, call in calls.items()}
+        yield on_cuda.Group("forward, half of it padding", forward, shape.flops)
+
+
+def cuda_cases(dtypes: Sequence[str], quick: bool) -> list[on_cuda.Case]:
+    shapes = CUDA_QUICK_SHAPES if quick else SHAPES
+    return [
+        on_cuda.Case(NAME, shape.name, dtype, partial(_on_cuda, shape, on_cuda.DTYPES[dtype]))
+        for dtype in dtypes
+        for shape in shapes
+    ]
 
 
 def jobs(options: Options) -> list[Job]:

@@ -115,7 +115,7 @@ def jobs(options: Options) -> list[Job]:
 
 
 def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
-    """Captured steps repeat the masks of one step. A multiple of AdamW's bytes stands for flops: GB/s, a thousandth."""
+    """As called: our steps refuse to be captured. In place of flops, the bytes that an AdamW without masks moves."""
     check(dtype, "cuda")
     problem = Problem(shape, dtype, "cuda")
     size, moments = problem.params[0].element_size(), 16 * shape.parameters

@@ -111,11 +111,6 @@ void zero_dead(const AttentionPoolCall& call) {
   });
 }
 
-void check_saved(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::ScalarType type) {
-  TORCH_CHECK_VALUE(t.sizes() == shape && t.scalar_type() == type, name, ": expected what _attention_pool_fwd returned for backward, ",
-                    shape, " ", type, ", got ", t.sizes(), " ", t.scalar_type());
-}
-
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Gradients attention_pool_bwd(const OptionalTensor& dout, const OptionalTensor& dscores, const at::Tensor& x, const at::Tensor& weight,
@@ -126,20 +121,7 @@ Gradients attention_pool_bwd(const OptionalTensor& dout, const OptionalTensor& d
                              std::string_view return_scores, std::array<bool, 6> needs) {
   AttentionPoolCall call({x, weight, query, bias, gate_weight, gate_bias, mask, lengths, cu_seqlens, activation, return_scores});
   AttentionPoolArgs& args = call.args;
-  if (dout) {
-    check_shape("dout", dout, call.out_shape);
-    TORCH_CHECK_TYPE(dout->scalar_type() == x.scalar_type(), "dout: expected ", x.scalar_type(), " like x, got ", dout->scalar_type());
-  }
-  if (dscores) {
-    TORCH_CHECK_VALUE(call.returned != AttentionPoolCall::Returned::none,
-                      "dscores: expected None where no scores are returned, got a tensor");
-    check_shape("dscores", dscores, call.score_shape);
-    TORCH_CHECK_TYPE(dscores->scalar_type() == call.sum_type, "dscores: expected ", call.sum_type, ", got ", dscores->scalar_type());
-  }
-  check_saved("scores", scores, call.score_shape, call.sum_type);
-  check_saved("max_sum", max_sum, {call.batch(), args.heads, 2}, call.sum_type);
-  check_saved("pooled", pooled, call.out_shape, call.sum_type);
-  if (kept) check_saved("kept", *kept, call.kept_shape, x.scalar_type());
+  call.check_saved({dout, dscores, scores, max_sum, pooled, kept});
 
   const auto gradient = [&](bool needed, const OptionalTensor& like) {
     return at::empty(needed && like ? like->sizes() : at::IntArrayRef({0}), x.options());
@@ -154,17 +136,7 @@ Gradients attention_pool_bwd(const OptionalTensor& dout, const OptionalTensor& d
                       .dquery = pointer(std::get<2>(gradients)),
                       .dbias = pointer(std::get<3>(gradients)),
                       .dgate_bias = pointer(std::get<5>(gradients))};
-  const auto rows = [](const OptionalTensor& t) { return t ? t->contiguous() : at::Tensor(); };
-  const at::Tensor dout_rows = rows(dout), dscore_rows = rows(dscores), kept_rows = rows(kept), score_rows = scores.contiguous(),
-                   max_sums = max_sum.contiguous(), pooled_rows = pooled.contiguous(),
-                   delta = at::empty({call.batch(), args.heads}, max_sum.options());
-  const auto saved = [](const at::Tensor& t) { return t.defined() ? const_cast<void*>(t.const_data_ptr()) : nullptr; };
-  args.dout = saved(dout_rows);
-  args.dscores = saved(dscore_rows);
-  args.scores = saved(score_rows);
-  args.max_sum = saved(max_sums);
-  args.pooled = saved(pooled_rows);
-  args.kept = saved(kept_rows);
+  const at::Tensor delta = at::empty({call.batch(), args.heads}, max_sum.options());
   args.delta = delta.mutable_data_ptr();
   args.dx = pointer(std::get<0>(gradients));
   if (wanted.dx && call.has_dead_rows) zero_dead(call);

@@ -4,27 +4,20 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
-#include <string_view>
 #include <vector>
 
-#include "arguments.h"
 #include "attention_pool.h"
+#include "attention_pool_arguments.h"
 
 namespace pykernels {
 
-// The arguments that forward and backward have in common, in the order of their schemas.
-struct AttentionPoolInputs {
-  const at::Tensor &x, &weight, &query;
-  const OptionalTensor &bias, &gate_weight, &gate_bias, &mask, &lengths, &cu_seqlens;
-  std::string_view activation, return_scores;
-};
-
-class AttentionPoolCall {
+class AttentionPoolCall : public AttentionPoolArguments {
  public:
   // Throws TypeError / ValueError with the argument's name, what was wanted and what came.
   explicit AttentionPoolCall(const AttentionPoolInputs& inputs);
 
-  int64_t batch() const { return static_cast<int64_t>(sequences.size()); }
+  void check_saved(const AttentionPoolSaved& saved) { AttentionPoolArguments::check_saved(saved, args); }
+
   // How many live rows, and how many rows the units of a pass over them should have: their panel stays in L2 and all threads find work.
   int64_t live_rows() const;
   int64_t unit_rows() const;
@@ -41,27 +34,17 @@ class AttentionPoolCall {
     }
   }
 
-  enum class Returned : uint8_t { none, raw, softmax };
-
-  at::Tensor x;
-  Dtype dtype;
   const AttentionPoolKernels* kernels;
   AttentionPoolArgs args{};
-  Returned returned;
-  at::ScalarType sum_type;  // of scores and sums
   std::vector<Sequence> sequences;
   std::vector<Block> chunks;         // of all sequences, in order
   std::vector<int64_t> first_chunk;  // of each sequence, and their number
-  std::vector<int64_t> out_shape, score_shape, kept_shape;
   bool has_dead_rows = false;
-  const void *weight = nullptr, *gate_weight = nullptr;
 
  private:
-  void check_shapes(const AttentionPoolInputs& in);
   void cut_chunks();
 
   std::vector<uint8_t> alone_;
-  std::vector<at::Tensor> keep_;  // contiguous copies that args points into
 };
 
 // Packed weights for a pass, in one buffer.

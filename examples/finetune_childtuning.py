@@ -258,7 +258,7 @@ def work(config: ChildConfig) -> int:
         for seed in range(config.seed, config.seed + config.seeds):
             name = f"seed {seed}"
             if name in results:
-                progress.done += a_seed
+                progress.skip(a_seed)
             else:
                 results[name] = train_seed(config, pretrained, parts, seed, progress, stop)
             found.append(results[name])

@@ -179,7 +179,7 @@ def work(config: PeftConfig) -> int:
             if name not in results:
                 results[name] = compare(config, pretrained, parts, dtype, seed, progress, stop)
             else:
-                progress.done += models * config.steps
+                progress.skip(models * config.steps)
             found[dtype, seed] = results[name]
     print(f"{config.steps} steps of {config.batch_size}, blocks of {config.block}, {torch.get_num_threads()} threads")
     print(table(found))

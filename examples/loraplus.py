@@ -144,7 +144,7 @@ class Weights:
         """Of `finish`, with scores of "val" and "dev"; or {"diverged": why}."""
         name = f"{self.config.data}: ratio {ratio:g}, rate {rate:g}, seed {seed}"
         if name in self.results:
-            self.progress.done += self.config.steps
+            self.progress.skip(self.config.steps)
             return self.results[name]
         fit = train_one(self.config, self.pretrained, self.parts, ratio, rate, seed)
         try:
@@ -167,12 +167,11 @@ class Weights:
         losses = {rate: loss(rate) for rate in sorted(self.config.rates)}
         for _ in range(self.config.widen):
             best = min(losses, key=losses.__getitem__)
-            if best == max(losses):
-                losses[2 * best] = loss(2 * best)
-            elif best == min(losses):
-                losses[best / 2] = loss(best / 2)
-            else:
+            if min(losses) < best < max(losses):
                 break
+            self.progress.extend(self.config.steps)
+            beyond = 2 * best if best == max(losses) else best / 2
+            losses[beyond] = loss(beyond)
         return min(losses, key=losses.__getitem__)
 
 

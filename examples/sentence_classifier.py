@@ -278,9 +278,7 @@ def take_turns(
         order.reverse()
 
 
-def finish(
-    fit: Fit, held: Mapping[str, Sentences], progress: Progress, stop: Stop, about: str
-) -> dict[str, Any]:
+def finish(fit: Fit, held: Mapping[str, Sentences], progress: Progress, stop: Stop, about: str) -> dict[str, Any]:
     """Trains to the end: what JSON can hold of the curve and the scores on each of `held`.
 
     {"losses": a step each, "step_seconds": their median, name: `score` ...}; Diverged as in `Fit.step`, Stopped where

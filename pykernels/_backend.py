@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _extension
+from . import _extension, _triton
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,8 +30,12 @@ class Backend(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     why_not: str
 
-    def refusal(self, device: str, dtype: torch.dtype) -> str:
-        """Why it cannot serve a call, empty if it can."""
+    def missing(self) -> str:
+        """Why it cannot be used at all, empty if it can."""
+        return self.why_not
+
+    def refusal(self, device: str, dtype: torch.dtype, named: bool) -> str:
+        """Why it cannot serve a call, empty if it can. named: by the user, who may ask for what "auto" does not."""
         if self.why_not:
             return self.why_not
         if self.devices and device not in self.devices:
@@ -39,6 +43,20 @@ class Backend(NamedTuple):
         if dtype not in self.dtypes:
             return f"it takes {', '.join(map(str, self.dtypes))}, and the tensors have {dtype}"
         return ""
+
+
+class TritonBackend(Backend):
+    """Triton is imported only when a call would else be served. On CPU tensors it runs where it is named, and where its
+    interpreter or a driver for the CPU is active."""
+
+    __slots__ = ()
+
+    def missing(self) -> str:
+        return _triton.why_not()
+
+    def refusal(self, device: str, dtype: torch.dtype, named: bool) -> str:
+        on_cpu = named and device == "cpu" and _triton.runs_on_cpu()
+        return super().refusal("cuda" if on_cpu else device, dtype, named) or self.missing()
 
 
 def _on_cpu() -> dict[str, Backend]:
@@ -53,8 +71,9 @@ def _on_cpu() -> dict[str, Backend]:
 
 _NAMES = ("attention_pool", "child_update", "gated_conv1d", "lora_linear")
 OPERATORS: dict[str, dict[str, Backend]] = {name: _on_cpu() for name in _NAMES}
-for _name in ("child_update", "gated_conv1d"):
+for _name in ("attention_pool", "child_update", "gated_conv1d"):
     OPERATORS[_name]["cuda"] = Backend(("cuda",), FLOATS[:3], _extension.cuda_reason or "")
+OPERATORS["gated_conv1d"]["triton"] = TritonBackend(("cuda",), FLOATS[:3], "")
 
 
 def _known(name: str | None, source: str) -> str:
@@ -83,10 +102,10 @@ def choose(operator: str, backend: str | None, device: str, dtype: torch.dtype) 
     backends = OPERATORS[operator]
     if name == "auto":
         for name, candidate in backends.items():
-            if not candidate.refusal(device, dtype):
+            if not candidate.refusal(device, dtype, named=False):
                 return name
         return "reference"
-    reason = backends[name].refusal(device, dtype)
+    reason = backends[name].refusal(device, dtype, named=True)
     if reason and dtype in backends["reference"].dtypes:
         raise RuntimeError(f"backend: {name!r} cannot serve {operator} here: {reason}")
     return "reference" if reason else name  # a dtype that no backend takes is for the operator to refuse by name
@@ -95,7 +114,7 @@ def choose(operator: str, backend: str | None, device: str, dtype: torch.dtype) 
 def table() -> list[tuple[str, str, tuple[str, ...], tuple[torch.dtype, ...], str]]:
     """Rows (operator, backend, devices, dtypes, why not); an empty reason says that it works."""
     return [
-        (operator, name, backend.devices or ("every device",), backend.dtypes, backend.why_not)
+        (operator, name, backend.devices or ("every device",), backend.dtypes, backend.missing())
         for operator, backends in OPERATORS.items()
         for name, backend in backends.items()
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,12 @@ def check_rate(name: str, value: object, least: float = 0.0) -> None:
 def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_not_captured(params: Sequence[Any]) -> None:
+    """A captured step would repeat its masks and its number, which is on the CPU, in every replay."""
+    if any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("step: expected to be called outside of a CUDA graph's capture: masks differ between steps")
 
 
 class ChildTuning(Optimizer):
@@ -298,6 +304,7 @@ class ChildTuning(Optimizer):
             work.append((group, params, grads, moments, steps, masks, runs, streams))
         if not work:
             return loss
+        check_not_captured([params[0] for _, params, *_ in work])
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             shards.check_found_inf([p for _, params, *_ in work for p in params], found_inf)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import _backend, random_bits
+from . import _backend, _triton, random_bits
 from ._checks import (
     check_form,
     check_gate_random,
@@ -129,10 +129,32 @@ def gated_conv1d_ref(
 #   form:    dilation, padding, residual, value_act, split, gate_dropout, gate_noise
 TENSORS, DIFFERENTIABLE = 10, 6
 
+_TENSOR_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? gate_weight, Tensor? gate_bias, Tensor? cond, Tensor? mask, "
+    "Tensor? lengths, Tensor? cu_seqlens, Tensor? seed"
+)
+_FORM = "int dilation, str padding, str residual, str value_act, str split, float gate_dropout, float gate_noise"
+_triton_fwd = _triton.operator(
+    f"_gated_conv_fwd_triton({_TENSOR_ARGUMENTS}, Tensor? packed, {_FORM}, bool save) -> (Tensor y, Tensor saved)",
+    "gated_conv",
+    "forward",
+)
+_triton_bwd = _triton.operator(
+    f"_gated_conv_bwd_triton(Tensor dy, {_TENSOR_ARGUMENTS}, Tensor? saved, {_FORM}, bool[6] needs) -> (Tensor dx, "
+    "Tensor dweight, Tensor dbias, Tensor dgate_weight, Tensor dgate_bias, Tensor dcond)",
+    "gated_conv_bwd",
+    "backward",
+)
+_triton_pack = _triton.operator(
+    "_gated_conv_pack_triton(Tensor weight, Tensor? gate_weight, str split) -> Tensor", "gated_conv", "pack"
+)
+_SUFFIXES = ["_triton"]
+
 if _C is not None:
     _fwd = torch.ops.pykernels._gated_conv_fwd.default
     _bwd = torch.ops.pykernels._gated_conv_bwd.default
     _pack = torch.ops.pykernels._gated_conv_pack.default
+    _SUFFIXES += [""]
 
     @torch.library.register_fake("pykernels::_seed")
     def _seed_fake() -> Tensor:
@@ -142,43 +164,50 @@ if _C is not None:
     def _random_bits_fake(seed: Tensor, rows: int, n: int, stream: int, step: int) -> Tensor:
         return seed.new_empty((rows, n), dtype=torch.int32)
 
-    @torch.library.register_fake("pykernels::_gated_conv_fwd")
-    def _fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
-        tensors, form, save = args[:TENSORS], args[TENSORS + 1 : -1], args[-1]
-        shape = check_gated_conv1d(*tensors, *form)
-        x = tensors[0]
-        return x.new_empty(shape), x.new_empty((2, *shape) if save else (0,))
 
-    @torch.library.register_fake("pykernels::_gated_conv_bwd")
-    def _bwd_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        tensors, form, needs = args[:TENSORS], args[TENSORS + 1 : -1], args[-1]
-        check_gated_conv1d(*tensors, *form)
-        return tuple(
-            dy.new_empty(t.shape if needed and t is not None else (0,))
-            for t, needed in zip(tensors[:DIFFERENTIABLE], needs, strict=True)
-        )
+def _fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    tensors, form, save = args[:TENSORS], args[TENSORS + 1 : -1], args[-1]
+    shape = check_gated_conv1d(*tensors, *form)
+    x = tensors[0]
+    return x.new_empty(shape), x.new_empty((2, *shape) if save else (0,))
 
-    @torch.library.register_fake("pykernels::_gated_conv_pack")
-    def _pack_fake(weight: Tensor, gate_weight: Tensor | None, split: str) -> Tensor:
-        return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)  # the tier's layout
 
-    for _name in ("_gated_conv_fwd", "_gated_conv_bwd"):
+def _bwd_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    tensors, form, needs = args[:TENSORS], args[TENSORS + 1 : -1], args[-1]
+    check_gated_conv1d(*tensors, *form)
+    return tuple(
+        dy.new_empty(t.shape if needed and t is not None else (0,))
+        for t, needed in zip(tensors[:DIFFERENTIABLE], needs, strict=True)
+    )
 
-        @torch.library.register_vmap(f"pykernels::{_name}")
-        def _no_vmap(*_: Any) -> None:
-            raise NotImplementedError("gated_conv1d: torch.vmap is not supported; put the extra dimension into B")
+
+def _pack_fake(weight: Tensor, gate_weight: Tensor | None, split: str) -> Tensor:
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)  # the backend's layout
+
+
+def _no_vmap(*_: Any) -> None:
+    raise NotImplementedError("gated_conv1d: torch.vmap is not supported; put the extra dimension into B")
+
+
+for _suffix in _SUFFIXES:
+    torch.library.register_fake(f"pykernels::_gated_conv_fwd{_suffix}", _fwd_fake)
+    torch.library.register_fake(f"pykernels::_gated_conv_bwd{_suffix}", _bwd_fake)
+    torch.library.register_fake(f"pykernels::_gated_conv_pack{_suffix}", _pack_fake)
+    for _name in ("fwd", "bwd"):
+        torch.library.register_vmap(f"pykernels::_gated_conv_{_name}{_suffix}", _no_vmap)
 
 
 class GatedConv1dFunction(torch.autograd.Function):
     """The raw operators with gradients; about half the time of a call through torch.library.register_autograd."""
 
     @staticmethod
-    def forward(recompute: bool, *args: Any) -> tuple[Tensor, Tensor]:
-        return _fwd(*args[:TENSORS], None, *args[TENSORS:], not recompute)
+    def forward(recompute: bool, on_triton: bool, *args: Any) -> tuple[Tensor, Tensor]:
+        fwd = _triton_fwd if on_triton else _fwd
+        return fwd(*args[:TENSORS], None, *args[TENSORS:], not recompute)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        recompute, *args = inputs
+        recompute, ctx.on_triton, *args = inputs
         saved = None if recompute else output[1]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # else backward would be given zeros as the gradient of `saved`
@@ -188,15 +217,16 @@ class GatedConv1dFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         *tensors, saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1 : 1 + DIFFERENTIABLE]
+        needs = ctx.needs_input_grad[2 : 2 + DIFFERENTIABLE]
         if dy is None:
             grads: Any = [None] * DIFFERENTIABLE
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_gradients(dy, tensors, ctx.form, needs)
         else:
-            grads = _bwd(dy, *tensors, saved, *ctx.form, needs)
+            bwd = _triton_bwd if ctx.on_triton else _bwd
+            grads = bwd(dy, *tensors, saved, *ctx.form, needs)
         rest = [None] * (len(tensors) - DIFFERENTIABLE + len(ctx.form))
-        return None, *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *rest
+        return None, None, *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *rest
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
@@ -252,7 +282,8 @@ def _call(
 
     # An exported model holds PyTorch's own operators only.
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if exporting or _backend.choose("gated_conv1d", backend, device, x.dtype) == "reference":
+    chosen = "reference" if exporting else _backend.choose("gated_conv1d", backend, device, x.dtype)
+    if chosen == "reference":
         check_gated_conv1d(*tensors, *form)
         return gated_conv1d_ref(*tensors, *form)
     inputs = [t for t in tensors[:DIFFERENTIABLE] if isinstance(t, Tensor)]
@@ -260,8 +291,8 @@ def _call(
         raise NotImplementedError("gated_conv1d: forward-mode differentiation is not supported")
     try:
         if torch.is_grad_enabled() and any([t.requires_grad for t in inputs]):
-            return GatedConv1dFunction.apply(recompute, *tensors, *form)[0]
-        return _fwd(*tensors, packed, *form, False)[0]
+            return GatedConv1dFunction.apply(recompute, chosen == "triton", *tensors, *form)[0]
+        return (_triton_fwd if chosen == "triton" else _fwd)(*tensors, packed, *form, False)[0]
     except RuntimeError:
         # What PyTorch says of an argument of the wrong type does not begin with its name.
         check_gated_conv1d(*tensors, *form)
@@ -411,7 +442,7 @@ class GatedConv1d(nn.Module):
 
     @torch.no_grad()
     def prepack(self) -> GatedConv1d:
-        """Keeps the weight in the layout of the CPU kernels, which every call would otherwise make. Returns self.
+        """Keeps the weight in the layout of the kernels, which every call would otherwise make. Returns self.
 
         For inference with a weight that stays as it is: a change of the weight in place, of `weight.data`, by a merged
         adapter or by `vector_to_parameters`, is not seen until prepack() is called again. The copy is dropped by
@@ -423,8 +454,9 @@ class GatedConv1d(nn.Module):
         if self.training:
             raise RuntimeError("prepack: expected a module in evaluation mode, call eval() first")
         device = self.weight.device.type
-        if _backend.choose("gated_conv1d", self.backend, device, self.weight.dtype) != "reference":
-            self._packed = _pack(self.weight, None, self.split)
+        chosen = _backend.choose("gated_conv1d", self.backend, device, self.weight.dtype)
+        if chosen != "reference":
+            self._packed = (_triton_pack if chosen == "triton" else _pack)(self.weight, None, self.split)
         return self
 
     def train(self, mode: bool = True) -> GatedConv1d:

@@ -3,17 +3,21 @@
 backend   runs the test on the reference and on the CPU kernels of every tier that this machine has
 kernels   the same without the reference
 amx       the AMX tier, in an emulator where the processor has none
+bert      a random BERT's folder; task: a folder in CoLA's form; pretrained, parts: both as the examples load them
 poison    (always on) memory that is not initialised holds NaN instead of convenient zeros
 """
 
 import ctypes
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pykernels import _extension
-from tests import amx_on_cpu
+from tests import amx_on_cpu, small_bert
 
 _C = _extension._C
 TIERS = [name for name, usable, _ in _C.cpu_tiers() if usable] if _C is not None else []
@@ -48,6 +52,30 @@ def extension() -> object:
     if _C is None:
         pytest.skip(f"no compiled extension: {_extension.reason}")
     return _C
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_bert.make_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_bert.make_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(bert: Path) -> Any:
+    from sentence_classifier import Pretrained
+
+    return Pretrained(str(bert), 24)
+
+
+@pytest.fixture(scope="module")
+def parts(pretrained: Any, task: Path) -> dict[str, Any]:
+    from sentence_data import load_task
+
+    return {name: pretrained.tokenize(*part) for name, part in load_task(task, 0.1, 1).items()}
 
 
 def _no_amx() -> str | None:
@@ -91,6 +119,11 @@ def _fill_malloc(on: bool) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "no_poison: memory that is not initialised stays as it comes")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes of `-n auto`: one a CPU that this process may use, each of which takes a gigabyte or two."""
+    return min(len(os.sched_getaffinity(0)), 16)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+import torch
 
 from tests import ptx_on_cpu
 from tests.ptx_on_cpu.torch_glue import load_operators, record_allocations
@@ -24,4 +30,21 @@ def build_operator(operator: str, capability: str, *glue: str, **options: bool |
     sources += [ROOT / "csrc" / f"{name}.cpp" for name in ("arguments", "ops", *glue)]
     library.namespace = f"pykernels_{operator}_sm{capability}"
     record_allocations(load_operators(tuple(sources), library, library.namespace, include, options.get("sanitizer")))
+    # Other tests' tensors are older than the record, and so outside of the allowed memory.
+    if problem := getattr(importlib.import_module(f"tests.{operator}_cases"), "problem", None):
+        problem.cache_clear()
     return library
+
+
+@contextmanager
+def emulating(library: ptx_on_cpu.Library, schedule: str, module: str, **operators: str) -> Iterator[str]:
+    """backend="cpu" calls the library's operators: names of `module` stand for these. Yields "cpu".
+
+    schedule: a key of SCHEDULES. Accesses are held to the exact bytes of PyTorch's tensors.
+    """
+    own = getattr(torch.ops, library.namespace)
+    options = {"schedule": SCHEDULES[schedule], "capability": int(library.namespace[-2:]), "processors": 4}
+    with pytest.MonkeyPatch.context() as patch, library.runtime.options(**options), library.runtime.bounds():
+        for name, operator in operators.items():
+            patch.setattr(importlib.import_module(module), name, getattr(own, operator).default)
+        yield "cpu"

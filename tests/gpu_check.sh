@@ -20,5 +20,6 @@ status=$? # a crash of the tests does not keep the measurements
 step "measurements"
 "$python" -m bench gated_conv --device cuda --quick --dtype bf16
 "$python" -m bench gated_conv --device cuda --quick --dtype fp32 --case "B64 L512"
+"$python" -m bench attention_pool --device cuda --quick --dtype bf16
 "$python" -m bench child_update --device cuda --quick --dtype fp32
 exit "$status"

@@ -21,9 +21,11 @@ cp -r "$root/tests" "$root/bench" "$root/pyproject.toml" "$root/README.md" "$sit
 cd "$site"
 if [[ $# -eq 0 ]]; then
   # Not what compiles (builds, the emulator, torch.compile), nor what measures memory: the sanitizer keeps it for a while.
+  # The reference has no code of ours to look at.
   set -- tests/test_random_bits.py tests/test_gated_conv_*.py tests/test_attention_pool_*.py tests/test_lora_linear_*.py \
     tests/test_child_update_*.py \
-    -k "not compile and not distributed and not export and not memory and not ptx"
+    -k "not compile and not distributed and not export and not memory and not ptx and not triton and not reference" \
+    -n auto --dist loadfile
 fi
 
 # Python itself is not sanitized, so the runtime must be there before it; libstdc++ too, or exceptions are not intercepted.

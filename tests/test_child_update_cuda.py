@@ -9,17 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pykernels import _extension
 from tests.child_update_cases import gradients, make, masks_for, parameters, with_masks
 from tests.helpers import FLOATS, assert_close_to_reference, rounding_floor
+from tests.on_gpu import DTYPES, KERNEL_MARKS
 
-HAS_GPU = torch.version.cuda is not None and torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not HAS_GPU, reason="needs a GPU"),
-    pytest.mark.skipif(_extension.cuda_reason is not None, reason=f"no CUDA kernels: {_extension.cuda_reason}"),
-]
-DTYPES = ["fp32", "bf16", "fp16"]
+pytestmark = KERNEL_MARKS
 
 
 def trained(
@@ -104,3 +98,14 @@ def test_with_a_grad_scaler() -> None:
         optimizer.zero_grad()
         assert torch.equal(p, before) == (t == 1)
     assert int(optimizer.state[p]["step"]) == 2
+
+
+def test_a_captured_step_is_refused_and_changes_nothing() -> None:
+    p = torch.ones(1000, device="cuda", requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = make("adamw", [p], mode="F")
+    optimizer.step()
+    before, graph = p.detach().clone(), torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="^step: expected"), torch.cuda.graph(graph):
+        optimizer.step()
+    assert torch.equal(p, before) and int(optimizer.state[p]["step"]) == 1

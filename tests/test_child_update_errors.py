@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from pykernels import ChildTuningAdamW, ChildTuningSGD
+from pykernels.child_optimizer import check_not_captured
 
 NAN = float("nan")
 # Options; the error; what the message begins with.
@@ -115,6 +117,17 @@ def test_named_backend_that_cannot_serve_raises_with_the_reason(name: str, why: 
     p.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match=f"^backend: '{name}' cannot serve child_update here: {why}"):
         ChildTuningAdamW([p], backend=name).step()
+
+
+def test_a_captured_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would repeat its masks. Without a GPU: what step() asks first."""
+    on_cuda, on_cpu = SimpleNamespace(is_cuda=True), torch.ones(3)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check_not_captured([on_cpu])
+    with pytest.raises(RuntimeError, match="^step: expected to be called outside of a CUDA graph's capture"):
+        check_not_captured([on_cpu, on_cuda])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    check_not_captured([on_cuda])
 
 
 # --- the raw operator checks for itself ---

@@ -3,7 +3,7 @@ by tests/ptx_on_cpu. The tests are those of the CPU kernels; accesses are held t
 
 from __future__ import annotations
 
-import importlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +17,7 @@ from tests import test_child_update_random as drawn
 from tests import test_child_update_state as state
 from tests import test_child_update_values as values
 from tests.child_update_cases import gradients, make, masks_for, parameters, steps, with_masks
-from tests.emulated_cuda import SCHEDULES, build_operator
+from tests.emulated_cuda import SCHEDULES, build_operator, emulating
 from tests.helpers import LAYOUTS
 
 pytestmark = [
@@ -37,14 +37,11 @@ def library() -> ptx_on_cpu.Library:
 def emulated(
     request: pytest.FixtureRequest, library: ptx_on_cpu.Library, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """backend="cpu" calls the emulated CUDA kernels."""
-    module = importlib.import_module("pykernels.child_update")
-    operators = getattr(torch.ops, library.namespace)
-    for name in ("_adamw_", "_sgd_", "_square_sum"):
-        monkeypatch.setattr(module, name, getattr(operators, f"_child{name}").default)
-    monkeypatch.setattr(torch.ops, "pykernels", operators)
-    with library.runtime.options(schedule=SCHEDULES[request.param], capability=80), library.runtime.bounds():
-        yield "cpu"
+    """backend="cpu" calls the emulated CUDA kernels, and so do tests that call raw operators."""
+    names = {name: f"_child{name}" for name in ("_adamw_", "_sgd_", "_square_sum")}
+    monkeypatch.setattr(torch.ops, "pykernels", getattr(torch.ops, library.namespace))
+    with emulating(library, request.param, "pykernels.child_update", **names) as backend:
+        yield backend
 
 
 # --- what the CPU kernels are held to ---
@@ -142,6 +139,23 @@ def test_more_tensors_than_a_launch_has_room_for(library: ptx_on_cpu.Library, em
         steps(optimizer, params, 0, 2)
     for p, q in zip(together, alone, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_tensors_that_are_not_aligned(emulated: str) -> None:
+    """Contiguous, but not at a multiple of 16 bytes: elements are accessed one by one, with the same results."""
+    for dtype, mode in itertools.product((torch.float32, torch.bfloat16, torch.float16), ("F", "D")):
+        results = []
+        for skip in (0, 1):
+            params, memory = parameters(dtype), []
+            for i, p in enumerate(params):
+                memory.append(torch.zeros(p.numel() + skip, dtype=dtype))
+                memory[i][skip:] = p.detach().reshape(-1)
+                params[i] = memory[i][skip:].view(p.shape).requires_grad_()
+            masks = with_masks(params, masks_for(params)) if mode == "D" else None
+            steps(make("adamw", params, mode=mode, masks=masks, max_grad_norm=1.0, backend=emulated), params, 0, 2)
+            results.append([p.detach() for p in params])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_sums_of_squares(emulated: str) -> None:

@@ -26,36 +26,15 @@ from finetune_childtuning import (
     trained_share,
 )
 from sentence_classifier import Fit, Plan, Pretrained, Sentences, loss_of
-from sentence_data import PACKAGE, load_task
+from sentence_data import PACKAGE
 
 from kit.progress import Progress
 from kit.stop import Stop, Stopped
 from pykernels import ChildTuningAdamW, fisher_masks
 from pykernels.child_update import unpack_mask
 from tests.recorded import recorded
-from tests.small_bert import make_bert, make_task
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_task(tmp_path_factory.mktemp("task"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(bert: Path) -> Pretrained:
-    return Pretrained(str(bert), 24)
-
-
-@pytest.fixture(scope="module")
-def parts(pretrained: Pretrained, task: Path) -> dict[str, Sentences]:
-    return {name: pretrained.tokenize(*part) for name, part in load_task(task, 0.1, 1).items()}
 
 
 def trained(

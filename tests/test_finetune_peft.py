@@ -14,37 +14,16 @@ import sentence_classifier
 import torch
 from finetune_peft import FUSED, OTHER, PEFT, PeftConfig, adamw, compare, differences, peft_model
 from sentence_classifier import HEAD, Fit, Plan, Pretrained, Sentences, score
-from sentence_data import PACKAGE, load_task
+from sentence_data import PACKAGE
 from torch import nn
 
 from kit.progress import Progress
 from kit.stop import Stop
 from kit.training import Diverged
 from tests.recorded import recorded
-from tests.small_bert import make_bert, make_task
 
 pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_task(tmp_path_factory.mktemp("task"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(bert: Path) -> Pretrained:
-    return Pretrained(str(bert), 24)
-
-
-@pytest.fixture(scope="module")
-def parts(pretrained: Pretrained, task: Path) -> dict[str, Sentences]:
-    return {name: pretrained.tokenize(*part) for name, part in load_task(task, 0.1, 1).items()}
 
 
 def arguments(task: Path, bert: Path, out: Path, *more: str) -> list[str]:

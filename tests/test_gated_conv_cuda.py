@@ -4,7 +4,6 @@ tests. References are computed on the CPU, but for large cases."""
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,28 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pykernels import GatedConv1d, _backend, _extension, gated_conv1d
+from pykernels import GatedConv1d, _backend, gated_conv1d
 from tests.gated_conv_cases import Case, Problem, evaluate, problem
 from tests.helpers import FLOATS, LAYOUTS, SIZES, Results, assert_equal
+from tests.on_gpu import DTYPES, KERNEL_MARKS, on
 
-# What PyTorch wants of cuBLAS for deterministic algorithms; read when CUDA is first used.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-HAS_GPU = torch.version.cuda is not None and torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not HAS_GPU, reason="needs a GPU"),
-    pytest.mark.skipif(_extension.cuda_reason is not None, reason=f"no CUDA kernels: {_extension.cuda_reason}"),
-]
-DTYPES = ["fp32", "bf16", "fp16"]
+pytestmark = KERNEL_MARKS
 RESIDUALS, PADDINGS = ("highway", "add", "none"), ("same", "causal", "valid")
 CONDS, ROWS = ("none", "one", "all"), ("all", "mask", "lengths", "packed")
-
-
-def on(device: str, value: Any) -> Any:
-    """Tensors in dictionaries and alone on that device, with their strides."""
-    if isinstance(value, dict):
-        return {name: on(device, v) for name, v in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def run(inputs: dict[str, Tensor], dy: Any, **options: Any) -> Results:

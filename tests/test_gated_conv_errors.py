@@ -226,7 +226,8 @@ def test_set_backend(automatic: None, extension: object) -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_named_backend_that_cannot_serve_raises_with_the_reason(name: str, automatic: None) -> None:
-    why = "not built" if name == "triton" or _extension.cuda_reason else "it runs on cuda, and the tensors are on cpu"
+    built = name == "triton" or not _extension.cuda_reason
+    why = "it runs on cuda, and the tensors are on cpu" if built else "not built"
     message = f"^backend: '{name}' cannot serve gated_conv1d here: {why}"
     with pytest.raises(RuntimeError, match=message):
         gated_conv1d(t(1, 2, 4), t(8, 4, 1), backend=name)

@@ -3,7 +3,6 @@ by tests/ptx_on_cpu. Only csrc/cuda/device.h is another one. Accesses are held t
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import random
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import torch
 
 from pykernels import GatedConv1d, gated_conv1d
 from tests import ptx_on_cpu
-from tests.emulated_cuda import SCHEDULES, build_operator
+from tests.emulated_cuda import SCHEDULES, build_operator, emulating
 from tests.gated_conv_cases import Case, evaluate, problem
 from tests.helpers import FLOATS, LAYOUTS, assert_equal
 
@@ -31,19 +30,11 @@ def library(request: pytest.FixtureRequest) -> ptx_on_cpu.Library:
 
 
 @pytest.fixture(params=SCHEDULES)
-def emulated(
-    request: pytest.FixtureRequest, library: ptx_on_cpu.Library, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def emulated(request: pytest.FixtureRequest, library: ptx_on_cpu.Library) -> Iterator[str]:
     """gated_conv1d(backend="cpu") calls the emulated CUDA kernels."""
-    module = importlib.import_module("pykernels.gated_conv")
-    operators = getattr(torch.ops, library.namespace)
-    monkeypatch.setattr(module, "_fwd", operators._gated_conv_fwd.default)
-    monkeypatch.setattr(module, "_bwd", operators._gated_conv_bwd.default)
-    monkeypatch.setattr(module, "_pack", operators._gated_conv_pack.default)
-    capability = int(library.namespace[-2:])
-    options = {"schedule": SCHEDULES[request.param], "capability": capability, "processors": 4}
-    with library.runtime.options(**options), library.runtime.bounds():
-        yield
+    names = {"_fwd": "_gated_conv_fwd", "_bwd": "_gated_conv_bwd", "_pack": "_gated_conv_pack"}
+    with emulating(library, request.param, "pykernels.gated_conv", **names) as backend:
+        yield backend
 
 
 def check_case(case: Case, dtype: str) -> None:
@@ -56,7 +47,7 @@ def check_case(case: Case, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forms(dtype: str, emulated: None) -> None:
+def test_forms(dtype: str, emulated: str) -> None:
     """A sample of all combinations of options."""
     axes = {
         "residual": ("highway", "add", "none"), "value_act": ("identity", "tanh"),
@@ -70,7 +61,7 @@ def test_forms(dtype: str, emulated: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sizes(dtype: str, emulated: None) -> None:
+def test_sizes(dtype: str, emulated: str) -> None:
     """Odd channels, rows that are read as they are and that are copied first, empties, far dilations."""
     for case in (
         Case(B=2, L=33, C_in=1, C_out=1), Case(B=2, L=17, C_in=33, C_out=33, rows="lengths"),
@@ -83,20 +74,20 @@ def test_sizes(dtype: str, emulated: None) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["gate_dropout", "gate_noise"])
-def test_random_bits(kind: str, dtype: str, emulated: None) -> None:
+def test_random_bits(kind: str, dtype: str, emulated: str) -> None:
     for channels, rows, padding in [(5, "all", "same"), (17, "lengths", "causal"), (8, "mask", "valid")]:
         case = Case(B=3, L=21, C_in=channels, C_out=channels, rows=rows, padding=padding, cond="one", **{kind: 0.4})
         check_case(case, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_large_tiles(dtype: str, emulated: None) -> None:
+def test_large_tiles(dtype: str, emulated: str) -> None:
     """What a long input uses, on Hopper by warpgroup instructions."""
     check_case(Case(B=2, L=300, C_in=136, C_out=136, rows="lengths", residual="add"), dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, emulated: None) -> None:
+def test_layouts(layout: str, emulated: str) -> None:
     case = Case(B=3, L=13, C_in=16, C_out=16, cond="all", rows="mask")
     p = problem(case, torch.bfloat16)
     x, dy = LAYOUTS[layout](p.inputs["x"]), LAYOUTS[layout](case.dy(p.same["y"]))
@@ -105,7 +96,7 @@ def test_layouts(layout: str, emulated: None) -> None:
     assert_equal(got, plain, layout)
 
 
-def test_tf32_where_the_setting_allows_it(emulated: None) -> None:
+def test_tf32_where_the_setting_allows_it(emulated: str) -> None:
     """PyTorch's setting for CUDA's matrix products; tf32 keeps ten bits of mantissa."""
     p = problem(Case(B=2, L=70, C_in=40, C_out=40), torch.float32)
     torch.set_float32_matmul_precision("high")
@@ -117,7 +108,7 @@ def test_tf32_where_the_setting_allows_it(emulated: None) -> None:
     assert all(1e-5 < errors[name] < 2**-10 for name in ("y", "dx", "dweight")), errors
 
 
-def test_prepacked_weights(emulated: None) -> None:
+def test_prepacked_weights(emulated: str) -> None:
     module = GatedConv1d(40, 40, 3, dilation=2, backend="cpu").eval()
     x = torch.randn(3, 50, 40, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -125,7 +116,7 @@ def test_prepacked_weights(emulated: None) -> None:
         assert torch.equal(module.prepack()(x), expected)
 
 
-def test_errors_name_the_argument(emulated: None) -> None:
+def test_errors_name_the_argument(emulated: str) -> None:
     x, weight = torch.zeros(2, 9, 4), torch.zeros(8, 4, 3)
     for error, message, options in [
         (ValueError, "^weight: expected a tensor on cpu like x, got meta", {"weight": weight.to("meta")}),
@@ -140,7 +131,7 @@ def test_errors_name_the_argument(emulated: None) -> None:
             gated_conv1d(options.pop("x", x), options.pop("weight", weight), backend="cpu", **options)
 
 
-def test_a_launch_that_the_device_refuses(library: ptx_on_cpu.Library, emulated: None) -> None:
+def test_a_launch_that_the_device_refuses(library: ptx_on_cpu.Library, emulated: str) -> None:
     """Tiles that need more shared memory than there is: one error, and the next call is a new one."""
     x, weight = torch.ones(4, 300, 136).bfloat16(), torch.ones(272, 136, 3).bfloat16()
     expected = gated_conv1d(x, weight, backend="cpu")

@@ -16,23 +16,12 @@ import pytest
 import torch
 from loraplus import PlusConfig, Weights, steps_to, table, train_one
 from sentence_classifier import HEAD, Fit, Pretrained, Sentences
-from sentence_data import load_task
 from torch import nn
 
+from kit.progress import Progress
 from kit.training import Diverged
-from tests.small_bert import make_bert, make_task
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_task(tmp_path_factory.mktemp("task"))
 
 
 def arguments(task: Path, bert: Path, out: Path, *more: str) -> list[str]:
@@ -103,16 +92,6 @@ def test_report_of_the_grid() -> None:
 # --- the encoder ---
 
 
-@pytest.fixture(scope="module")
-def pretrained(bert: Path) -> Pretrained:
-    return Pretrained(str(bert), 24)
-
-
-@pytest.fixture(scope="module")
-def parts(pretrained: Pretrained, task: Path) -> dict[str, Sentences]:
-    return {name: pretrained.tokenize(*part) for name, part in load_task(task, 0.1, 1).items()}
-
-
 def test_ratio_sets_the_rates_about_their_mean(pretrained: Pretrained, parts: dict[str, Sentences]) -> None:
     config = PlusConfig(data="x", targets=("query", "value"), steps=4, batch_size=8)
     for ratio in (1.0, 16.0):
@@ -147,8 +126,12 @@ def test_best_rate_goes_on_where_the_best_is_at_the_end() -> None:
                 return {"diverged": "step 3"}
             return {"val": {"loss": abs(math.log2(rate / optimum))}}
 
-        weights: Any = SimpleNamespace(config=PlusConfig(data="x", rates=(1.0, 2.0, 4.0), widen=widen), result=result)
-        return Weights.best_rate(weights, 4.0), tried
+        config = PlusConfig(data="x", rates=(1.0, 2.0, 4.0), widen=widen)
+        with Progress(3 * config.steps, quiet=True) as progress:
+            weights: Any = SimpleNamespace(config=config, result=result, progress=progress)
+            best = Weights.best_rate(weights, 4.0)
+        assert progress.total == len(tried) * config.steps
+        return best, tried
 
     assert chosen(2.0, 3) == (2.0, [1.0, 2.0, 4.0])
     assert chosen(16.0, 9) == (16.0, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0])

@@ -17,19 +17,8 @@ from kit.progress import Progress
 from kit.run import Refused
 from kit.timing import interleaved
 from tests.runs import assert_same_run
-from tests.small_bert import make_bert, make_task
 
 transformers = pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_task(tmp_path_factory.mktemp("task"))
 
 
 def encoded(encoder: Encoder, texts: list[tuple[str, ...]]) -> list[torch.Tensor]:

@@ -195,11 +195,24 @@ def test_plain_lines_tell_elapsed_and_remaining_time(capsys: pytest.CaptureFixtu
     assert re.fullmatch(r"step 4/10 \[\d\d:\d\d elapsed, \d\d:\d\d left\] loss 2", lines[0]), lines
 
 
+def test_remaining_time_counts_what_is_still_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """What an earlier run made took no time in this one."""
+    with Progress(10, every=1.0) as progress:
+        progress.skip(5)
+        progress.extend(4)
+        progress.begun -= 10
+        progress.shown -= 12
+        progress.step("one more")
+    assert capsys.readouterr().err == "step 6/14 [00:10 elapsed, 01:20 left] one more\n"
+
+
 def test_terminal_gets_a_bar() -> None:
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 40, 100, 0, 0))
     with os.fdopen(slave, "w") as terminal:
-        with Progress(10, stream=terminal) as progress:
+        with Progress(8, stream=terminal) as progress:
+            progress.extend(4)
+            progress.skip(2)
             progress.step("loss 3")
             progress.at("evaluating")
     written = b""
@@ -210,7 +223,7 @@ def test_terminal_gets_a_bar() -> None:
         pass  # how Linux tells that the other side is closed
     os.close(master)
     text = written.decode()
-    assert "\r" in text and re.search(r"1/10 \[\d\d:\d\d<\d\d:\d\d,", text), text
+    assert "\r" in text and re.search(r"3/12 \[\d\d:\d\d<\d\d:\d\d,", text), text
 
 
 # --- log ---

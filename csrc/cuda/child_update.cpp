@@ -8,9 +8,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
-
 #include "batch.h"
 #include "child_update_arguments.h"
 #include "device.h"
@@ -21,7 +18,7 @@ namespace {
 using cuda::ChildLaunch;
 using cuda::ChildSlice;
 
-// Calls use(launch, tensors before its own) for as many launches as the slices need.
+// Puts the slices into `launch`, as many as it has room for, and calls use(), until all have been in it.
 template <class Use>
 void in_launches(ChildLaunch& launch, const std::vector<ChildSlice>& slices, Use use) {
   for (size_t first = 0; first < slices.size();) {

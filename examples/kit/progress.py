@@ -35,6 +35,20 @@ class Progress:
         else:
             self.at(text)
 
+    def skip(self, steps: int) -> None:
+        """Steps that an earlier run made: they say nothing about the time that is left."""
+        self.done += steps
+        self.first += steps
+        if self.bar is not None:
+            self.bar.initial += steps
+            self.bar.update(steps)
+
+    def extend(self, steps: int) -> None:
+        """Steps that turned out to be needed beyond the total."""
+        self.total += steps
+        if self.bar is not None:
+            self.bar.total += steps
+
     def at(self, text: str) -> None:
         """What goes on between two steps; also keeps a long unit of work from looking dead."""
         if self.bar is not None:

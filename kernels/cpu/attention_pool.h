@@ -8,41 +8,23 @@
 // on the rest of the batch. Masked rows are never read: the live rows of a chunk are listed, and only these are multiplied.
 #pragma once
 
+#include "../attention_pool_form.h"
 #include "blocks.h"
 #include "tiers.h"
 
 namespace pykernels {
 
-enum class PoolAct : uint8_t { tanh, swish, relu, gelu };
-
 // Tensors of the arithmetic type (double for double, else float) are marked C, the others have the type of x.
-struct AttentionPoolArgs {
-  int64_t width, hidden, heads;
-  PoolAct act;
-  bool gated;
+struct AttentionPoolArgs : AttentionPoolForm {
   const Sequence* sequences;
   int64_t x_row, x_column;  // strides of x in elements
 
-  const void *query, *bias, *gate_bias;  // [heads, hidden], [hidden] or null
-
-  void* out;      // [sequences, heads, width]
-  void* pooled;   // the same before it is rounded, C; null where out is C
-  void* max_sum;  // the largest s, and the sum of e^(s - largest), C [sequences, heads, 2]
-  void* scores;   // s, C, or null: sequence, head and row are score_row * in_row, head * score_head and the row apart
-  void* weights;  // a, likewise, or null
-  int64_t score_row, score_head;
-  void* kept;            // Wx + bias, then Vx + gate_bias: [in rows, hidden or 2 hidden], for backward; null: it computes them again
   const Block* chunks;   // all of them, in order; a chunk's place is where its partial result lies
   void* parts;           // C [chunks, heads, width + 2]: sum of e^(s - m) x, sum of e^(s - m), m
   const uint8_t* alone;  // per sequence: it has one chunk, which finishes it
 
-  // Backward only. dh has rows of `halves` (1, or 2 with a gate) times dh_half panel elements: d(Wx), zeros, d(Vx), zeros.
-  const void* dout;       // [sequences, heads, width] or null
-  const void* dscores;    // of the returned scores, C, laid out as scores, or null
-  bool softmax_returned;  // dscores is the gradient of a, not of s
-  void* delta;            // C [sequences, heads]: sum over l of a[l] da[l]
+  // Backward only: dh has rows of `halves` (1, or 2 with a gate) times dh_half panel elements: d(Wx), zeros, d(Vx), zeros.
   int64_t dh_half, dh_row;
-  void* dx;  // [in rows, width] or null
 };
 
 // In all functions `packed` is where column block `begin` lies. Sizes are in bytes and counts in elements.

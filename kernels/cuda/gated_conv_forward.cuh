@@ -68,15 +68,19 @@ __device__ __forceinline__ void gate_eight(const GatedConv& p, const TapRow& pla
   store_eight(static_cast<T*>(p.y) + at, c, n, p.wide);
 }
 
+// Blocks of a multiprocessor that registers are held to; 0: as the compiler likes, which spills in small tiles of newer GPUs.
+template <class Tile>
+constexpr int blocks_for_registers() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool kNewer = true;  // left to itself, ptxas spills in small tiles there
+  return Tile::kThreads == 128 && Tile::kRows <= 64 ? 4 : 0;
 #else
-constexpr bool kNewer = false;
+  return 0;
 #endif
+}
 
 // Tile columns are groups of 64: 32 values and the 32 gates of the same outputs.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, kNewer&& Tile::kThreads == 128 && Tile::kRows <= 64 ? 4 : 0)
+__global__ void __launch_bounds__(Tile::kThreads, blocks_for_registers<Tile>())
     gated_conv_forward_kernel(const __grid_constant__ GatedConv p, int column_tiles) {
   using T = typename Tile::Element;
   extern __shared__ char shared_memory[];

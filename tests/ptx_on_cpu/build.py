@@ -3,6 +3,7 @@
 Results are cached by content.
 """
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -115,11 +116,13 @@ def _cached(name: str, make) -> Path:
     with _building.setdefault(name, threading.Lock()):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Renamed when complete: another process may build the same file now.
-            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-                built = Path(scratch) / path.name
-                make(Path(scratch), built)
-                built.replace(path)
+            with open(path.parent / f"{name}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait instead of building the same
+                if not path.exists():
+                    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                        built = Path(scratch) / path.name
+                        make(Path(scratch), built)
+                        built.replace(path)  # whole, or not there
     return path
 
 

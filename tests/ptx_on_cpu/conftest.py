@@ -24,7 +24,7 @@ def builds(request):
     if "test_cuda" in wanted:
         requests += [dict(sources=(source(name),)) for name in ("gemm", "libraries")]
         requests.append(dict(sources=(source("wgmma"),), arch="90"))
-    if {"test_cuda", "test_seeded_bugs"} & wanted:
+    if {"test_cuda", "test_seeded_bugs", "test_torch_glue"} & wanted:
         requests.append(dict(sources=(source("bugs"),)))
     if "test_seeded_bugs" in wanted:
         requests += [dict(sources=(source("gemm"),), flags=(f"-D{bug}",)) for bug in BUGS]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import build, unavailable
+from . import KernelError, build, unavailable
 from .samples import FOLDER, source
 from .torch_glue import load_operators, record_allocations
 
@@ -21,3 +21,15 @@ def test_operator_with_bounds_of_its_own_tensors():
             torch.ops.ptx_sample.add_scaled(y, x, 3.0, 1)
     # cudaGetLastError has taken the error away.
     torch.ops.ptx_sample.add_scaled(y, x, 3.0, 0)
+
+
+def test_read_only_tensor_stays_so_though_pytorch_allocated_it():
+    library = build(source("basics"))
+    record_allocations(load_operators((FOLDER / "glue" / "axpy.cpp",), library, namespace="ptx_sample"))
+    x, y = torch.ones(64), torch.zeros(64)
+    bugs = build(source("bugs"))
+    with bugs.runtime.bounds(y, read_only=[x]):
+        bugs.call("launch_write_input", y)
+        with pytest.raises(KernelError) as caught:
+            bugs.call("launch_write_input", x)
+    assert caught.value.code == 700

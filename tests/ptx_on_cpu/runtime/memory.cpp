@@ -65,9 +65,10 @@ void find_range(Thread& t, u64 address, u32 bytes, bool write, const Site* site)
   {
     std::lock_guard<std::mutex> lock(r.mutex);
     if (r.limited) {
+      const Range* refused = nullptr;  // what was given as not writable may lie in a range that always is
       for (const Range& range : r.given)
-        if (holds(range, address, bytes) && (range.writable || !write)) hit = &range;
-      if (!hit && !r.always.empty()) {
+        if (holds(range, address, bytes)) (range.writable || !write ? hit : refused) = &range;
+      if (!hit && !refused && !r.always.empty()) {
         auto next = r.always.upper_bound(address);
         if (next != r.always.begin() && holds((--next)->second, address, bytes) && (next->second.writable || !write)) hit = &next->second;
       }
