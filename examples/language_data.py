@@ -99,11 +99,11 @@ def split(utterance: str) -> list[str]:
 
 def sample_dialogs() -> list[Dialog]:
     """The Chinese conversations of chatterbot-corpus."""
+    spec = importlib.util.find_spec("chatterbot_corpus")
+    if spec is None or spec.origin is None or importlib.util.find_spec("yaml") is None:
+        raise DataError("--sample takes its dialogues from chatterbot-corpus: pip install chatterbot-corpus pyyaml")
     import yaml
 
-    spec = importlib.util.find_spec("chatterbot_corpus")
-    if spec is None or spec.origin is None:
-        raise DataError("--sample takes its dialogues from chatterbot-corpus: pip install --no-deps chatterbot-corpus")
     dialogs = []
     for path in sorted((Path(spec.origin).parent / "data" / "chinese").glob("*.yml")):
         for conversation in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:

@@ -1,6 +1,7 @@
 """The article models, thin wrappers over the operators. Installed as `pykernels.models`.
 
-The language models (GPT2ML, NezhaDialog) are models of transformers, which is imported when one of them is asked for.
+The language models (GPT2ML, NezhaDialog, CDialGPT) are models of transformers, which is imported when one of them is
+asked for.
 """
 
 if __name__ != "pykernels.models":
@@ -41,4 +42,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    except ModuleNotFoundError as error:
+        message = f"{name} needs transformers (pip install 'transformers>=5.24'): {error}"
+        raise ModuleNotFoundError(message, name=error.name) from None

@@ -24,7 +24,7 @@ class CDialGPTConfig(OpenAIGPTConfig):
 
     vocab_size: int = 13088
     n_positions: int = 513
-    bos_token_id: int | None = 0
+    bos_token_id: int = 0
     pad_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
@@ -56,14 +56,15 @@ class CDialGPT(OpenAIGPTLMHeadModel):
     ) -> Any:
         """As OpenAIGPTLMHeadModel's. token_type_ids: default `speaker_types`. position_ids: by default, padding on
         the left, of which attention_mask tells, does not count."""
+        config: Any = self.config
         if input_ids is not None:
             if input_ids.dim() != 2 or input_ids.is_floating_point():
                 raise ValueError(f"input_ids: expected integers [B, L], got {input_ids.dtype} {list(input_ids.shape)}")
-            longest, length = self.config.n_positions, input_ids.shape[1]
+            longest, length = config.n_positions, input_ids.shape[1]
             if length > longest:
                 raise ValueError(f"input_ids: expected at most {longest} tokens, got {length}")
             if token_type_ids is None:
-                token_type_ids = speaker_types(input_ids, self.config.speakers, self.config.bos_token_id)
+                token_type_ids = speaker_types(input_ids, config.speakers, config.bos_token_id)
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         return super().forward(
@@ -109,7 +110,7 @@ def encode_dialog(
 def encode_history(utterances: Sequence[Sequence[int]], config: CDialGPTConfig, *, max_history: int = 15) -> list[int]:
     """Ids from which the model replies: the last 2 * max_history + 1 utterances, and the next speaker's token."""
     utterances = utterances[-(2 * max_history + 1) :]
-    ids: list[int] = [config.bos_token_id]  # type: ignore[list-item]
+    ids: list[int] = [config.bos_token_id]
     for i, utterance in enumerate(utterances):
         ids += [config.speakers[i % 2], *utterance]
     return [*ids, config.speakers[len(utterances) % 2]]

@@ -228,11 +228,11 @@ def _check(
     unknown = sorted(there - wanted.keys())
     problems += [f"not known: {name} {list(checkpoint.variables[name].shape)}" for name in unknown]
     for name in sorted(wanted.keys() & there):
-        variable = checkpoint.variables[name]
-        if variable.shape != wanted[name]:
-            problems.append(f"shape: {name}: expected {list(wanted[name])}, got {list(variable.shape)}")
-        elif isinstance(variable.dtype, torch.dtype) and not variable.dtype.is_floating_point:
-            problems.append(f"type: {name}: expected floating-point values, got {variable.dtype}")
+        got = checkpoint.variables[name]
+        if got.shape != wanted[name]:
+            problems.append(f"shape: {name}: expected {list(wanted[name])}, got {list(got.shape)}")
+        elif isinstance(got.dtype, torch.dtype) and not got.dtype.is_floating_point:
+            problems.append(f"type: {name}: expected floating-point values, got {got.dtype}")
         elif problem := checkpoint.problem(name):
             problems.append(f"data: {problem}")
     if problems:

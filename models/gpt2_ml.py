@@ -63,10 +63,11 @@ class GPT2MLBlock(GradientCheckpointingLayer):
         inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
         self.attn = GPT2Attention(config, layer_idx=layer_idx)
         self.ln_0 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = GPT2MLP(inner, config)
+        mlp: Any = GPT2MLP(inner, config)
+        # The original does not pass its range on to the MLP.
+        mlp.c_fc.initializer_range = mlp.c_proj.initializer_range = 0.02
+        self.mlp = mlp
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        for layer in (self.mlp.c_fc, self.mlp.c_proj):
-            layer.initializer_range = 0.02  # the original does not pass its range on to the MLP
 
     def forward(self, x: Tensor, cache: Cache | None, mask: Tensor | None, **kwargs: Any) -> Tensor:
         u = x + self.attn(x, cache, mask, **kwargs)[0]
@@ -111,7 +112,7 @@ class GPT2MLModel(GPT2MLPreTrainedModel):
         return self.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.wte = value
+        self.wte = value  # type: ignore[assignment]
 
     @merge_with_config_defaults
     @capture_outputs

@@ -124,7 +124,7 @@ class NezhaEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([BertLayer(config, i) for i in range(config.num_hidden_layers)])
         for i, layer in enumerate(self.layer):
-            layer.attention.self = NezhaSelfAttention(config, layer_idx=i)
+            layer.get_submodule("attention").self = NezhaSelfAttention(config, layer_idx=i)
 
 
 class NezhaPreTrainedModel(PreTrainedModel):
@@ -138,7 +138,8 @@ class NezhaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, NezhaModel):
-            initialization.copy_(module.relative_table, relative_table(module.relative_table.shape[1]))
+            table = module.get_buffer("relative_table")
+            initialization.copy_(table, relative_table(table.shape[1]))
 
 
 class NezhaModel(NezhaPreTrainedModel):
@@ -157,7 +158,7 @@ class NezhaModel(NezhaPreTrainedModel):
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value
+        self.embeddings.word_embeddings = value  # type: ignore[assignment]
 
     @merge_with_config_defaults
     @capture_outputs

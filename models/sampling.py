@@ -43,9 +43,16 @@ class EndsFrom(EosTokenCriteria):
         super().__init__(eos_token_id)
         self.length, self.prompt = length, prompt
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        ended = super().__call__(input_ids, scores, **kwargs)
-        return ended & (input_ids.shape[1] - self.prompt >= self.length)
+    def __call__(
+        self,
+        input_ids: torch.LongTensor,
+        scores: tuple[Tensor] | None,
+        new_token_length: int = 1,
+        **kwargs: Any,
+    ) -> torch.BoolTensor:
+        """input_ids [B, L] -> [B] bool."""
+        ended = super().__call__(input_ids, scores, new_token_length, **kwargs)
+        return ended & (input_ids.shape[1] - self.prompt >= self.length)  # type: ignore[return-value]
 
 
 def gpt2_ml_demo(p: float = 0.95, *, eos: int = 102, min_length: int = 0, max_length: int = 1024) -> dict[str, Any]:

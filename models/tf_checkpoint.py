@@ -47,7 +47,7 @@ class TensorFlowCheckpoint:
         try:
             entries = dict(_entries(data))
             header = _fields(entries.pop(b""))
-            self.shards = int(header.get(1, [1])[-1])  # type: ignore[arg-type]
+            self.shards = int(header.get(1, [1])[-1])
             if header.get(2, [0])[-1]:
                 raise _Broken("its data is big-endian")
             self.variables = {name.decode(): _variable(value) for name, value in entries.items()}
@@ -224,7 +224,7 @@ def _variable(entry: bytes) -> Variable:
     fields = _fields(entry)
 
     def number(field: int) -> int:
-        return int(fields.get(field, [0])[-1])  # type: ignore[arg-type]
+        return int(fields.get(field, [0])[-1])
 
     shape = _fields(fields.get(2, [b""])[-1])  # type: ignore[arg-type]
     sizes = tuple(int(_fields(dim).get(1, [0])[-1]) for dim in shape.get(2, []))  # type: ignore[arg-type]
