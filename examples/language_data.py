@@ -37,7 +37,10 @@ def read_texts(paths: Sequence[str]) -> list[str]:
 def _read(path: Path) -> str:
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: no UTF-8: {error}") from None
 
 
 def _json(path: Path) -> Any:
@@ -82,6 +85,10 @@ def read_dialogs(paths: Sequence[str]) -> list[Dialog]:
         if path.suffix == ".json":
             value = _json(path)
             listed = [(f"{key}", one) for key, one in value.items()] if isinstance(value, dict) else [("", value)]
+            for key, part in listed:
+                if not isinstance(part, list):
+                    got = type(part).__name__
+                    raise DataError(f"{path}: {key or 'the whole'}: expected a list of dialogues, got {got}")
             rows = [(f"{key}[{i}]", one) for key, part in listed for i, one in enumerate(part)]
         else:
             rows = [(f"line {i}", line.split("\t")) for i, line in enumerate(_read(path).splitlines(), 1)]
