@@ -34,6 +34,12 @@ def save(path: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, pro
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 plain.setdefault(str(index), {})[key] = value
+    seen: set[int] = set()
+    for name, t in tensors.items():
+        if t.data_ptr() in seen:
+            tensors[name] = t.clone()  # safetensors refuses tied weights
+        elif t.numel():
+            seen.add(t.data_ptr())
     about = {"progress": progress, "optimizer_groups": state["param_groups"], "optimizer_plain": plain}
     save_tensors(path, tensors, {name: json.dumps(value) for name, value in about.items()})
 
