@@ -36,7 +36,7 @@ from kit.example import run_example
 from kit.run import Run
 
 EXAMPLES = """examples:
-  python examples/train_dialog.py --sample                                  # a minute, needs no file
+  python examples/train_dialog.py --sample                                  # needs no file
   python examples/train_dialog.py --data toy_train.txt --out runs/dialog    # a dialogue a line, tabs between utterances
   python examples/train_dialog.py --data toy_train.txt --model cdial-gpt --out runs/cdial
   python examples/train_dialog.py --data toy_train.txt --out runs/dialog --resume auto --epochs 20

@@ -24,7 +24,7 @@ from kit.example import run_example
 from kit.run import Run
 
 EXAMPLES = """examples:
-  python examples/train_lm.py --sample                                  # a minute, needs no file
+  python examples/train_lm.py --sample                                  # needs no file
   python examples/train_lm.py --data ci.song.*.json --out runs/poetry   # JSON with "paragraphs", or a text a line
   python examples/train_lm.py --data ci.song.*.json --out runs/poetry --resume auto --epochs 20
   python examples/train_lm.py --data texts.txt --layers 6 --width 384 --heads 6 --dtype bf16
