@@ -121,6 +121,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "no_poison: memory that is not initialised stays as it comes")
 
 
+@pytest.hookimpl(optionalhook=True)  # known where pytest-xdist is there
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Processes of `-n auto`: one a CPU that this process may use, each of which takes a gigabyte or two."""
     return min(len(os.sched_getaffinity(0)), 16)

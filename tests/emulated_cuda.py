@@ -28,8 +28,12 @@ def build_operator(operator: str, capability: str, *glue: str, **options: bool |
     library = ptx_on_cpu.build(*kernels, arch=capability, flags=tuple(flags), **options)
     sources = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("batch", operator)]
     sources += [ROOT / "csrc" / f"{name}.cpp" for name in ("arguments", "ops", *glue)]
-    library.namespace = f"pykernels_{operator}_sm{capability}"
     sanitizer = options.get("sanitizer")
+    library.capability = int(capability)
+    # A namespace is defined once a process: each way of building has its own.
+    library.namespace = "_".join(
+        ("pykernels", operator, f"sm{capability}", *filter(None, ("counted" * bool(options.get("count")), sanitizer)))
+    )
     library.operators = load_operators(tuple(sources), library, library.namespace, include, sanitizer)
     record_allocations(library.operators)
     # Other tests' tensors are older than the record, and so outside of the allowed memory.
@@ -45,7 +49,7 @@ def emulating(library: ptx_on_cpu.Library, schedule: str, module: str, **operato
     schedule: a key of SCHEDULES. Accesses are held to the exact bytes of PyTorch's tensors.
     """
     own = getattr(torch.ops, library.namespace)
-    options = {"schedule": SCHEDULES[schedule], "capability": int(library.namespace[-2:]), "processors": 4}
+    options = {"schedule": SCHEDULES[schedule], "capability": library.capability, "processors": 4}
     with pytest.MonkeyPatch.context() as patch, library.runtime.options(**options), library.runtime.bounds():
         for name, operator in operators.items():
             patch.setattr(importlib.import_module(module), name, getattr(own, operator).default)

@@ -15,6 +15,7 @@ from bench.gated_conv_baselines import Shape
 from bench.gpu_model import GPUS, Gpu, Work, extrapolate, operations
 from bench.jobs import GateFailure
 from tests import ptx_on_cpu
+from tests.emulated_cuda import build_operator
 
 needs_nvcc = pytest.mark.skipif(ptx_on_cpu.unavailable() is not None, reason=f"{ptx_on_cpu.unavailable()}")
 
@@ -82,9 +83,7 @@ def arguments(path: Path) -> list[str]:
 
 @pytest.mark.slow
 @needs_nvcc
-def test_the_whole_of_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_whole_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(arguments(tmp_path / "now.json")) == 0
     printed = capsys.readouterr().out
     assert "A MODEL, NOT A MEASUREMENT" in printed and "exactly linear" in printed and "PASS" in printed
@@ -99,6 +98,14 @@ def test_the_whole_of_it(
     seconds = drawn["model_seconds"]["H100"]
     assert seconds["ours"] == pytest.approx(drawn["launchers"]["child_update"]["moved"] / 3.35e12)
     assert seconds["compulsory"] <= seconds["ours"] < seconds["eager"]
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_builds_that_count_and_that_do_not_live_in_one_process() -> None:
+    found = [build_operator("child_update", "80", "child_update_arguments", count=count) for count in (False, True)]
+    operators = [getattr(torch.ops, library.namespace)._child_square_sum.default for library in found]
+    assert operators[0] is not operators[1]
 
 
 @pytest.mark.slow
@@ -123,9 +130,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert error.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_without_a_compiler_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu_model, "unavailable", lambda: "needs nvcc, in CUDA_HOME or PATH")
     with pytest.raises(SystemExit) as error:
         command.main(["--model", "gpu"])
