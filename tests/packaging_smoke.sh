@@ -4,7 +4,8 @@
 #   tests/packaging_smoke.sh
 #
 #   editable into an environment with the older torch, which must stay; the wheel built there into another environment;
-#   the source distribution into an empty environment, which gets a torch; the older torch's wheel beside that one.
+#   the source distribution into an empty environment, which gets a torch; the older torch's wheel beside another torch,
+#   that of PYTHON.
 #
 # PYTHON chooses the Python, OLD_TORCH the version that must stay.
 set -euo pipefail
@@ -54,15 +55,19 @@ wheel/bin/pip install --quiet "torch==$old" dist/pykernels-*.whl
 use wheel
 
 step "source distribution, into an empty environment"
+# Any torch would do; the newest one's CUDA libraries, once to build and once to run, take longer than all else here.
+export PIP_CONSTRAINT=$work/constraint.txt PIP_BUILD_CONSTRAINT=$work/constraint.txt
+echo "torch==$old" >constraint.txt
 (cd sources && ../editable/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("../dist")') >/dev/null
 "$python" -m venv empty
 empty/bin/pip install --quiet dist/pykernels-*.tar.gz
 use empty
 
-step "the wheel for torch $old, beside torch $(torch_of empty)"
-empty/bin/pip install --quiet --no-deps --force-reinstall dist/pykernels-*.whl
-if refusal=$(empty/bin/python -c 'import pykernels' 2>&1); then
-  echo "a library for torch $before was accepted by torch $(torch_of empty)"; exit 1
+other=$("$python" -c 'import importlib.metadata as m; print(m.version("torch"))')
+step "the wheel for torch $old, beside torch $other"
+"$python" -m pip install --quiet --no-deps --target beside dist/pykernels-*.whl
+if refusal=$(PYTHONPATH=beside "$python" -c 'import pykernels' 2>&1); then
+  echo "a library for torch $before was accepted by torch $other"; exit 1
 fi
 grep "ImportError: pykernels was built for torch $before" <<<"$refusal"
 step "done"
