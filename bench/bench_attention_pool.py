@@ -47,9 +47,7 @@ SHAPES = (
 QUICK_SHAPES = (MIDDLE, WIDE, LATENCY)
 CUDA_QUICK_SHAPES = (MIDDLE, WIDE, BAG)
 TINY = Shape(1, 2, 4, 4)
-EMULATED = gpu_model.Emulated(
-    "attention_pool", ("attention_pool_arguments",), {"_fwd": "_attention_pool_fwd", "_bwd": "_attention_pool_bwd"}
-)
+EMULATED = gpu_model.Emulated("attention_pool", {"_fwd": "_attention_pool_fwd", "_bwd": "_attention_pool_bwd"})
 FILLS = (30, 50, 60, 100)
 QUICK_FILLS = (50,)
 SWEEP_LENGTHS = tuple(2**n for n in range(7, 18))

@@ -136,7 +136,7 @@ def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
 
 
 UNIT = 2**15  # parameters
-EMULATED = gpu_model.Emulated("child_update", ("child_update_arguments",), {"_adamw_": "_child_adamw_"})
+EMULATED = gpu_model.Emulated("child_update", {"_adamw_": "_child_adamw_"})
 
 
 def model_case(units: int, dtype: str, mode: str) -> gpu_model.Case:

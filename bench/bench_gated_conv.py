@@ -59,9 +59,7 @@ TINY = Shape(1, 2, 4, 4, 3, 1)
 MODEL_QUICK_SHAPES = (replace(HEAD, dilation=4), LATENCY)
 MODEL_SHAPES = (*MODEL_QUICK_SHAPES, MIDDLE, Shape(64, 128, 512, 512, 3, 4))
 EMULATED = gpu_model.Emulated(
-    "gated_conv",
-    ("gated_conv_arguments",),
-    {"_fwd": "_gated_conv_fwd", "_bwd": "_gated_conv_bwd", "_pack": "_gated_conv_pack"},
+    "gated_conv", {"_fwd": "_gated_conv_fwd", "_bwd": "_gated_conv_bwd", "_pack": "_gated_conv_pack"}
 )
 VARYING = Shape(4, 256, 128, 128, 3, 2)
 SWEEP_LENGTHS = tuple(2**n for n in range(7, 18))

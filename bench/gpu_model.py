@@ -80,11 +80,10 @@ class Work:
 class Emulated:
     """An operator that calls emulated kernels: kernels/cuda/<name>*.cu with csrc/cuda/<name>.cpp.
 
-    glue: other files of csrc without .cpp. replaced: attributes of pykernels.<name> and the operators put there.
+    replaced: attributes of pykernels.<name> and the operators put there.
     """
 
     name: str
-    glue: tuple[str, ...]
     replaced: Mapping[str, str]
 
 
@@ -181,7 +180,7 @@ def count(case: Case, check: bool = True) -> list[dict[str, Work]]:
     from tests.emulated_cuda import build_operator
     from tests.ptx_on_cpu.torch_glue import count_launchers
 
-    library = build_operator(case.emulated.name, "80", *case.emulated.glue, count=True)
+    library = build_operator(case.emulated.name, "80", count=True)
     found: list[dict[str, Work]] = []
     with _replaced(case, getattr(torch.ops, library.namespace)):
         if check:

@@ -11,35 +11,56 @@ import pytest
 import torch
 
 from tests import ptx_on_cpu
-from tests.ptx_on_cpu.torch_glue import load_operators, record_allocations
+from tests.ptx_on_cpu.torch_glue import build_operators, load_operators, record_allocations
 
 ROOT = Path(__file__).parent.parent
+INCLUDE = (ROOT, ROOT / "csrc", ROOT / "kernels", ROOT / "kernels" / "cpu")
 SCHEDULES = {"forward": 0, "reverse": 1, "random": 5}
 
 
-def build_operator(operator: str, capability: str, *glue: str, **options: bool | str) -> ptx_on_cpu.Library:
+def kernel_files(operator: str) -> list[Path]:
+    folder = ROOT / "kernels" / "cuda"
+    return [folder / "batch.cu", *sorted(folder.glob(f"{operator}*.cu"))]
+
+
+def _glue_files(operator: str) -> tuple[Path, ...]:
+    device = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("batch", operator)]
+    return (*device, *(ROOT / "csrc" / f"{name}.cpp" for name in ("arguments", "ops", f"{operator}_arguments")))
+
+
+def _flags(capability: str) -> tuple[str, ...]:
+    return (*(f"-I{folder}" for folder in INCLUDE), *["-DPYKERNELS_SM90A"] * (capability == "90"))
+
+
+def namespace_of(operator: str, capability: str, *way: str) -> str:
+    """A namespace is defined once a process, so that each way of building has its own."""
+    return "_".join(("pykernels", operator, f"sm{capability}", *way))
+
+
+def build_operator(operator: str, capability: str, count: bool = False) -> ptx_on_cpu.Library:
     """Builds kernels/cuda/<operator>*.cu with csrc/cuda/<operator>.cpp and loads torch.ops.<library.namespace>.
 
-    capability: "80" or "90". glue: other files of csrc without .cpp. options: those of ptx_on_cpu.build.
+    capability: "80" or "90". count: with counters.
     """
-    include = (ROOT, ROOT / "csrc", ROOT / "kernels", ROOT / "kernels" / "cpu")
-    flags = [f"-I{folder}" for folder in include] + ["-DPYKERNELS_SM90A"] * (capability == "90")
-    kernels = [ROOT / "kernels" / "cuda" / "batch.cu", *sorted((ROOT / "kernels" / "cuda").glob(f"{operator}*.cu"))]
-    library = ptx_on_cpu.build(*kernels, arch=capability, flags=tuple(flags), **options)
-    sources = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("batch", operator)]
-    sources += [ROOT / "csrc" / f"{name}.cpp" for name in ("arguments", "ops", *glue)]
-    sanitizer = options.get("sanitizer")
+    library = ptx_on_cpu.build(*kernel_files(operator), arch=capability, flags=_flags(capability), count=count)
     library.capability = int(capability)
-    # A namespace is defined once a process: each way of building has its own.
-    library.namespace = "_".join(
-        ("pykernels", operator, f"sm{capability}", *filter(None, ("counted" * bool(options.get("count")), sanitizer)))
-    )
-    library.operators = load_operators(tuple(sources), library, library.namespace, include, sanitizer)
+    library.namespace = namespace_of(operator, capability, *["counted"] * count)
+    library.operators = load_operators(_glue_files(operator), library, library.namespace, INCLUDE)
     record_allocations(library.operators)
     # Other tests' tensors are older than the record, and so outside of the allowed memory.
     if problem := getattr(importlib.import_module(f"tests.{operator}_cases"), "problem", None):
         problem.cache_clear()
     return library
+
+
+def compile_operator(operator: str, sanitizer: str, kernels: list[Path] | None = None) -> tuple[Path, Path]:
+    """Libraries of kernels for 8.0 and of glue, in namespace_of(operator, "80", sanitizer), for another process.
+
+    That has to be started with the sanitizer's library. kernels: other files in place of the operator's own.
+    """
+    launchers = ptx_on_cpu.build_cuda(tuple(kernels or kernel_files(operator)), "80", _flags("80"), sanitizer)
+    namespace = namespace_of(operator, "80", sanitizer)
+    return launchers, build_operators(_glue_files(operator), launchers, namespace, INCLUDE, sanitizer)
 
 
 @contextmanager

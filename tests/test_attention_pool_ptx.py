@@ -29,7 +29,7 @@ DTYPES = ["fp32", "bf16", "fp16"]
 
 @pytest.fixture(scope="module", params=["80", "90"])
 def library(request: pytest.FixtureRequest) -> ptx_on_cpu.Library:
-    return build_operator("attention_pool", request.param, "attention_pool_arguments")
+    return build_operator("attention_pool", request.param)
 
 
 @pytest.fixture(params=SCHEDULES)

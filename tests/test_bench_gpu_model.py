@@ -103,7 +103,7 @@ def test_the_whole_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.slow
 @needs_nvcc
 def test_builds_that_count_and_that_do_not_live_in_one_process() -> None:
-    found = [build_operator("child_update", "80", "child_update_arguments", count=count) for count in (False, True)]
+    found = [build_operator("child_update", "80", count=count) for count in (False, True)]
     operators = [getattr(torch.ops, library.namespace)._child_square_sum.default for library in found]
     assert operators[0] is not operators[1]
 

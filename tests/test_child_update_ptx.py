@@ -30,7 +30,7 @@ DTYPES = ["fp32", "bf16", "fp16"]
 @pytest.fixture(scope="module")
 def library() -> ptx_on_cpu.Library:
     """No instruction differs between capabilities: one stands for all."""
-    return build_operator("child_update", "80", "child_update_arguments")
+    return build_operator("child_update", "80")
 
 
 @pytest.fixture(params=SCHEDULES)

@@ -26,7 +26,7 @@ DTYPES = ["fp32", "bf16", "fp16"]
 
 @pytest.fixture(scope="module", params=["80", "90"])
 def library(request: pytest.FixtureRequest) -> ptx_on_cpu.Library:
-    return build_operator("gated_conv", request.param, "gated_conv_arguments")
+    return build_operator("gated_conv", request.param)
 
 
 @pytest.fixture(params=SCHEDULES)

@@ -32,7 +32,7 @@ DTYPES = ["fp32", "bf16", "fp16"]
 
 @pytest.fixture(scope="module", params=["80", "90"])
 def library(request: pytest.FixtureRequest) -> ptx_on_cpu.Library:
-    return build_operator("lora_linear", request.param, "lora_linear_arguments")
+    return build_operator("lora_linear", request.param)
 
 
 @pytest.fixture(params=SCHEDULES)

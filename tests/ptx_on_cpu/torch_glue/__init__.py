@@ -26,6 +26,23 @@ def torch_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (f"-I{folder / 'include'}", abi), link
 
 
+def build_operators(
+    sources: tuple[Path, ...],
+    launchers: Path,
+    namespace: str = "pykernels_ptx",
+    include: tuple[Path, ...] = (),
+    sanitizer: str | None = None,
+) -> Path:
+    """A library of the sources with namespace `pykernels` renamed, for torch.ops.load_library.
+
+    `launchers`: the library that they call. `include`: folders of headers.
+    """
+    compile_, link = torch_flags()
+    flags = (*(f"-I{i}" for i in include), *compile_, f"-Dpykernels={namespace}")
+    files, replace = [*sources, HERE / "allocator.cpp"], {"device.h": HERE / "device.h"}
+    return build_glue(files, [launchers], flags, sanitizer, link, replace)
+
+
 @functools.cache
 def load_operators(
     sources: tuple[Path, ...],
@@ -34,15 +51,8 @@ def load_operators(
     include: tuple[Path, ...] = (),
     sanitizer: str | None = None,
 ) -> ctypes.CDLL:
-    """Compiles and loads the sources with namespace `pykernels` renamed; the operators are in torch.ops then.
-
-    `library` holds the launchers that they call. `include`: folders of headers.
-    """
-    compile_, link = torch_flags()
-    flags = (*(f"-I{i}" for i in include), *compile_, f"-Dpykernels={namespace}")
-    files, replace = [*sources, HERE / "allocator.cpp"], {"device.h": HERE / "device.h"}
-    path = build_glue(files, [library.path], flags, sanitizer, link, replace)
-    return ctypes.CDLL(str(path))
+    """Builds and loads what build_operators makes; the operators are in torch.ops then."""
+    return ctypes.CDLL(str(build_operators(sources, library.path, namespace, include, sanitizer)))
 
 
 def record_allocations(operators: ctypes.CDLL) -> None:
