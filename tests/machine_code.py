@@ -21,7 +21,7 @@ from tests.ptx_on_cpu.build import cache_folder, key, nvcc
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).with_suffix(".json")
 ARCHS = ("80", "90a", "100a", "120")
-FLAGS = ("-std=c++17", "-O3", "-DPYKERNELS_SM90A", "-Xptxas", "-v", f"-I{ROOT}")
+FLAGS = ("-std=c++17", "-O3", "-DPYKERNELS_SM90A", "-Xptxas", "-v")
 # One of those that matter, with what is asked of it: the multiplications of tensor cores and others, 16-byte accesses.
 INSTRUCTIONS = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA\.\S+|FFMA|LDGSTS\S*\.128|LDG\S*\.128|STG\S*\.128|LDSM)")
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
@@ -91,7 +91,7 @@ def _built(source: Path) -> tuple[str, Path]:
     if not (messages.exists() and code.exists()):
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
         own = stem.with_suffix(f".{os.getpid()}")  # moved into place when it is whole
-        text = _run(str(nvcc()), *FLAGS, *targets, "-fatbin", "-o", str(own), str(source))
+        text = _run(str(nvcc()), *FLAGS, f"-I{ROOT}", *targets, "-fatbin", "-o", str(own), str(source))
         own.replace(code)
         messages.write_text(text)
     return messages.read_text(), code

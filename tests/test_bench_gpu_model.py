@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import __main__ as command
-from bench import bench_child_update, bench_gated_conv, gpu_model
+from bench import bench_child_update, bench_gated_conv, bench_lora_linear, gpu_model
 from bench.gated_conv_baselines import Shape
 from bench.gpu_model import GPUS, Gpu, Work, extrapolate, operations
 from bench.jobs import GateFailure
@@ -75,6 +75,19 @@ def test_what_gated_conv_has_to_move() -> None:
     assert eager["convolution"] == 2 * (5 * x + weight + bias + 2 * 5 * x)
     assert eager["sigmoid"] == eager["rsub"] == 2 * 2 * 5 * x and eager["add"] == 2 * 3 * 5 * x
     assert len(operations(case.eager(5))) == 6
+
+
+def test_what_lora_linear_has_to_move() -> None:
+    shape = bench_lora_linear.Shape(1000, 64, 96, 4)
+    x, y, weight, adapter = 64, 96, 64 * 96, 4 * (64 + 96)
+    forward, exact = (bench_lora_linear.model_case(shape, "bf16", exact) for exact in (False, True))
+    assert forward.units == 4 and forward.compulsory(3) == 2 * (768 * (x + y) + weight + adapter)
+    assert forward.compulsory(4) == 2 * (1000 * (x + y) + weight + adapter)  # rows there are
+    assert exact.compulsory(1) - forward.compulsory(1) == 2 * adapter
+    training = bench_lora_linear.model_case(shape, "bf16", training=True)
+    kept = 256 * (4 * 4 + 64 // 8)
+    assert training.compulsory(1) == 2 * (256 * (3 * x + 2 * y) + 2 * weight + 3 * adapter) + 2 * kept
+    assert forward.products(4) == 2 * 1000 * 64 * 96 and training.products(4) == 2 * forward.products(4)
 
 
 def arguments(path: Path) -> list[str]:

@@ -234,7 +234,9 @@ def _cuda_object(source: Path, arch: str, flags: tuple[str, ...], sanitizer: str
     # wgmma and its kin exist for the architecture with its letter only.
     target = "90a" if arch == "90" else arch
     folders = [Path(f[2:]) for f in flags if f.startswith("-I")]
-    name = key(_included(source, folders), nvcc() or "", target, *flags, str(sanitizer), str(count))
+    # Where headers lie is no part of it: another copy of the same sources has the same kernels.
+    options = [f for f in flags if not f.startswith("-I")]
+    name = key(_included(source, folders), nvcc() or "", target, *options, str(sanitizer), str(count))
 
     def make(folder: Path, path: Path) -> None:
         host, keep = folder / "host.o", folder / "keep"
