@@ -14,18 +14,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(machine_code.unavailable() is not None, reason=f"{machine_code.unavailable()}"),
 ]
-# Bytes, of kernels that have up to 255 registers: strict float32's attention_pool has 64 sums a thread and scores
-# beside them, lora_linear's large tiles 128 sums and two sources of rows.
-POOL_FLOAT32 = "attention_pool_forward_kernel<ProductTile<Float32Math, 64, 128, 2, 2, 4> >"
-LORA_LARGE = "lora_product_kernel<RowsTile<ProductTile<{}, 128, 128, 2, 2, 4> > >"
-LORA_FLOAT32 = "lora_product_kernel<RowsTile<ProductTile<Float32Math, 32, 64, 2, 1, 4> > >"
-KNOWN_SPILLS = {
-    (POOL_FLOAT32, "100a"): 72,
-    (POOL_FLOAT32, "120"): 140,
-    (LORA_FLOAT32, "120"): 80,
-    (LORA_LARGE.format("Tf32Math"), "90a"): 32,
-    **{(LORA_LARGE.format(math), arch): 16 for math in ("Bfloat16Math", "Float16Math") for arch in ("80", "90a")},
-}
 SOURCES = [path.name for path in machine_code.sources()]
 
 
@@ -51,7 +39,7 @@ def test_it_compiles_without_warnings_and_spills(source: str, found: list[Kernel
     own, warnings = machine_code.kernels(Path(machine_code.ROOT / "kernels" / "cuda" / source))
     assert not warnings
     assert {kernel.arch for kernel in own} in (set(ARCHS), set())  # or launchers alone
-    assert not [(k.name, k.arch, k.spilled) for k in own if k.spilled > KNOWN_SPILLS.get((k.name, k.arch), 0)]
+    assert not [(k.name, k.arch, k.spilled) for k in own if k.spilled]
 
 
 def test_no_kernel_takes_more_than_before(found: list[Kernel]) -> None:

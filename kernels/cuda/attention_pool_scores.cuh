@@ -37,13 +37,14 @@ struct PoolRow {
 template <class Tile>
 class ScoreProduct {
  public:
+  static constexpr int64_t kSize = sizeof(typename Tile::Element);
   static constexpr int kABytes = Tile::kRows * Tile::kStepBytes, kBBytes = Tile::kColumns * Tile::kStepBytes;
   static_assert(Tile::kColumns == kPoolColumns && Tile::kWarpRows == kSumRows && Tile::kWarpColumns == 64);
   static_assert(Tile::kPassRows == 32 || Tile::kPassRows == 64);
 
   // Shared memory: all of the rows where they are to stay, else as many stages of them as of the weights.
   __host__ __device__ static int64_t depth(const AttentionPool& p) {
-    return (p.in_width * int64_t(sizeof(typename Tile::Element)) + Tile::kStepBytes - 1) / Tile::kStepBytes;
+    return (p.in_width * kSize + Tile::kStepBytes - 1) / Tile::kStepBytes;
   }
   __host__ __device__ static int64_t shared_bytes(const AttentionPool& p, bool resident) {
     return (resident ? depth(p) : Tile::kStages) * kABytes + Tile::kStages * kBBytes;
@@ -51,16 +52,12 @@ class ScoreProduct {
 
   // multiply: else the sums stay zero.
   __device__ __forceinline__ ScoreProduct(const AttentionPool& p, const PoolRow* rows, bool resident, char* shared, bool multiply = true)
-      : width_(p.in_width * int64_t(sizeof(typename Tile::Element))),
+      : p_(p),
         depth_(multiply ? int(depth(p)) : 0),
-        steps_(p.column_tiles * depth_),
+        left_(int(p.column_tiles) * depth_),
         resident_(resident),
         a_(shared_address(shared)),
-        b_(a_ + (resident ? depth_ : Tile::kStages) * kABytes),
-        weight_(static_cast<const char*>(p.weight)),
-        gate_weight_(static_cast<const char*>(p.gated ? p.gate_weight : p.weight)),
-        hidden_(int(p.hidden)),
-        gated_(p.gated) {
+        b_(a_ + (resident ? depth_ : Tile::kStages) * kABytes) {
     const int row = threadIdx.x / Tile::kRowThreads, in = row % 32;
     unit_ = in % 8 / 2 * 8 + in / 8 * 2 + in % 2;  // permuted_column brings it to `in`
     to_ = Tile::swizzled(row, threadIdx.x % Tile::kRowThreads);
@@ -93,15 +90,17 @@ class ScoreProduct {
 
  private:
   __device__ __forceinline__ void copy_next() {
-    if (next_ < steps_) {
-      const int64_t column = column_ + threadIdx.x % Tile::kRowThreads * 16;
-      const bool inside = column < width_;
+    if (left_ > 0) {
+      const int64_t column = column_ + threadIdx.x % Tile::kRowThreads * 16, width = p_.in_width * kSize;
+      const char* const weight = static_cast<const char*>(p_.weight);
+      const char* const gate_weight = p_.gated ? static_cast<const char*>(p_.gate_weight) : weight;
+      const bool inside = column < width;
       const auto copy = [&](uint32_t to, const char* from, bool valid) {
         valid &= inside;
-        copy_async(to + to_, valid ? from + column : weight_, valid);
+        copy_async(to + to_, valid ? from + column : weight, valid);
       };
-      if (!resident_ || next_ < depth_) {
-        const uint32_t a = a_ + (resident_ ? int(next_) : write_) * kABytes;
+      if (!resident_ || first_tile_) {
+        const uint32_t a = a_ + (resident_ ? int(column_ / Tile::kStepBytes) : write_) * kABytes;
 #pragma unroll
         for (int i = 0; i < Tile::kARows; i++) copy(a + i * Tile::kPassRows * Tile::kStepBytes, from_[i], from_[i]);
       }
@@ -109,30 +108,29 @@ class ScoreProduct {
       for (int i = 0; i < Tile::kBRows; i++) {
         // Which 32 columns of the tile.
         const int group = (Tile::kPassRows == 32 ? 0 : threadIdx.x / Tile::kRowThreads / 32) + i * (Tile::kPassRows / 32);
-        const int unit = unit_ + 32 * (gated_ ? group / 2 : group);
-        copy(b_ + write_ * kBBytes + i * Tile::kPassRows * Tile::kStepBytes, (group % 2 ? gate_weight_ : weight_) + unit * width_,
-             unit < hidden_);
+        const int unit = unit_ + 32 * (p_.gated ? group / 2 : group);
+        copy(b_ + write_ * kBBytes + i * Tile::kPassRows * Tile::kStepBytes, (group % 2 ? gate_weight : weight) + unit * width,
+             unit < p_.hidden);
       }
       column_ += Tile::kStepBytes;
-      if (column_ >= width_) {
+      if (column_ >= width) {
         column_ = 0;
-        unit_ += gated_ ? Tile::kColumns / 2 : Tile::kColumns;
+        first_tile_ = false;
+        unit_ += p_.gated ? Tile::kColumns / 2 : Tile::kColumns;
       }
       write_ = write_ + 1 == Tile::kStages ? 0 : write_ + 1;
+      left_--;
     }
-    next_++;
     commit_copies();
   }
 
-  int64_t width_, column_ = 0;
-  int depth_;
-  int64_t steps_, next_ = 0;
-  bool resident_;
+  const AttentionPool& p_;  // constant memory, read anew at each step: the sums leave few registers
+  int64_t column_ = 0;
+  int depth_, left_;  // steps of a tile of columns, and of all that are to be copied
+  bool resident_, first_tile_ = true;
   uint32_t a_, b_, to_;
   int write_ = 0;
-  const char *weight_, *gate_weight_;
-  int unit_, hidden_;  // unit_: the first hidden unit that this thread copies for the next tile of columns
-  bool gated_;
+  int unit_;  // the first hidden unit that this thread copies for the next tile of columns
   const char* from_[Tile::kARows];
 };
 

@@ -76,6 +76,8 @@ __global__ void __launch_bounds__(Tile::kThreads) lora_product_kernel(const __gr
     parts.fallback = static_cast<const char*>(p.rows.data);
     parts.columns_end = (p.weight.width - column0) * kSize;
     parts.depth = p.depth;
+    parts.row0 = row0;
+    parts.column0 = column0;
   }
   if (p.expanded) {
     parts.adapters.find(p.call, row0);
@@ -90,20 +92,20 @@ __global__ void __launch_bounds__(Tile::kThreads) lora_product_kernel(const __gr
   sums.clear();
   if constexpr (Tile::kColumnsAdjacent) {
     continue_product(base, source, source.low_steps(), shared, unchanged);
-    if (p.drop) drop_sums(base, p.call, row0, column0);
+    if (p.drop) drop_sums(base, p.call, parts.row0, parts.column0);
     continue_product(sums, source, source.weight_steps(), shared, unchanged);
   } else {
     int steps = source.low_steps() + (p.drop ? 0 : source.weight_steps());
 #pragma unroll 1
     for (int part = 0; part < (p.drop ? 2 : 1); part++) {  // one copy of the code
       continue_product(base, source, steps, shared, unchanged);
-      if (p.drop && part == 0) drop_sums(base, p.call, row0, column0);
+      if (p.drop && part == 0) drop_sums(base, p.call, parts.row0, parts.column0);
       steps = source.weight_steps();
     }
   }
 
   exchange_sums(base, shared, [&](int r, int c, const float (&sum)[8]) {
-    const int64_t row = row0 + r, column = column0 + c;
+    const int64_t row = parts.row0 + r, column = parts.column0 + c;
     if (row >= p.call.rows || column >= p.columns) return;
     const int n = int(p.columns - column < 8 ? p.columns - column : 8);
     T* const to = static_cast<T*>(p.out) + row * p.columns + column;

@@ -80,12 +80,9 @@ __device__ __forceinline__ void shrink_tile(const LoraShrink& p, int64_t columns
     continue_product(sums, source, source.low_steps(), shared, [](uint32_t) {});
   }
   exchange_sums(sums, shared, [&](int r, int c, const float (&v)[8]) {
-    if (row0 + r >= p.call.rows) return;
-    float* to = p.partials + (split * p.call.rows + row0 + r) * columns + column0 + c;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      if (column0 + c + i < columns) to[i] = v[i];
-    }
+    const int n = count_left<8>(columns - column0 - c);
+    if (row0 + r >= p.call.rows || n <= 0) return;
+    store_eight(p.partials + (split * p.call.rows + row0 + r) * columns + column0 + c, v, n, columns % 8 == 0);
   });
 }
 

@@ -98,9 +98,10 @@ template <class Tile>
 struct LoraParts {
   TileAdapters<Tile::kRows> adapters;
   LoraPart low, weight;
-  const char* fallback;  // some memory, for copies of zeros
-  int64_t columns_end;   // bytes of a row of a weight that has the columns side by side
-  int64_t depth;         // its rows
+  const char* fallback;   // some memory, for copies of zeros
+  int64_t columns_end;    // bytes of a row of a weight that has the columns side by side
+  int64_t depth;          // its rows
+  int64_t row0, column0;  // of the tile, for what comes after the sums, which leave no registers to keep them in
 };
 
 template <class Tile>
