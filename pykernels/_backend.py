@@ -6,7 +6,8 @@
     triton      Triton kernels
 
 The argument `backend=` goes before `set_backend()`, which goes before the environment variable PYKERNELS_BACKEND (read
-when the package is imported). "auto", which is the default, takes the first backend that can serve the call.
+when the package is imported). "auto", which is the default, takes the first backend that can serve the call, or
+with PYKERNELS_AUTOTUNE=1 the one that _autotune.py measured to be the fastest.
 """
 
 import os
@@ -94,6 +95,16 @@ def set_backend(name: str | None) -> None:
     """
     global _default
     _default = _known(name, "name")
+
+
+def default() -> str:
+    """What calls go by that name no backend."""
+    return _default
+
+
+def candidates(operator: str, device: str, dtype: torch.dtype) -> list[str]:
+    """The backends that "auto" could take, in its order."""
+    return [name for name, b in OPERATORS[operator].items() if not b.refusal(device, dtype, named=False)]
 
 
 def choose(operator: str, backend: str | None, device: str, dtype: torch.dtype) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import _backend
+from ._autotune import measured
 from ._checks import ACTIVATIONS, check_attention_pool, check_choice, check_int, check_tensor
 from ._extension import _C
 
@@ -203,6 +204,7 @@ def _differentiable_gradients(
 # --- functions ---
 
 
+@measured("attention_pool")
 def attention_pool(
     x: Tensor,
     weight: Tensor,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import _backend, _triton, random_bits
+from ._autotune import measured
 from ._checks import (
     check_form,
     check_gate_random,
@@ -299,6 +300,7 @@ def _call(
         raise
 
 
+@measured("gated_conv1d")
 def gated_conv1d(
     x: Tensor,
     weight: Tensor,

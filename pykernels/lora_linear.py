@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backend, random_bits
+from ._autotune import measured
 from ._checks import check_dropout, check_float, check_lora_linear, check_tensor
 from ._extension import _C
 
@@ -214,6 +215,7 @@ def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, 
         raise
 
 
+@measured("lora_linear")
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -255,6 +257,7 @@ def lora_linear(
     return _call((x, weight, lora_a, lora_b, bias, None, None, seed), scale, dropout, training, backend)
 
 
+@measured("lora_linear")
 def lora_linear_multi(
     x: Tensor,
     weight: Tensor,

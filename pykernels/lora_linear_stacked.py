@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, random_bits
+from ._autotune import measured
 from ._checks import check_dropout, check_lora_linear, check_lora_linear_stacked, check_tensor
 from ._extension import _C
 from .lora_linear import exporting, lora_linear_ref, refuse_forward_mode
@@ -113,6 +114,7 @@ def _differentiable_gradients(
     return [next(grads) if needed else None for needed in needs]
 
 
+@measured("lora_linear")
 def lora_linear_stacked(
     x: Tensor,
     weights: Sequence[Tensor],
