@@ -18,7 +18,7 @@ from .. import random_bits
 from .._checks import check_lora_linear
 from .launch import on_device, seed_words
 from .lora_linear_few import FEW_ROWS, launch_few
-from .lora_rows import add_low_rank, add_product, adapters_of, keeps, merged, next_adapter, scale_of
+from .lora_rows import adapters_of, add_low_rank, add_product, keeps, merged, next_adapter, scale_of
 from .tuning import autotuned, precision_of, size_key
 
 # --- the shrink ---

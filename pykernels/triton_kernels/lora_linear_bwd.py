@@ -16,7 +16,7 @@ from torch import Tensor
 from .._checks import check_like, check_shape
 from .launch import on_device
 from .lora_linear import Call, call_of, combine, launch_product, launch_shrink
-from .lora_rows import add_product, adapters_of, keeps, merged, scale_of
+from .lora_rows import adapters_of, add_product, keeps, merged, scale_of
 from .tuning import autotuned, size_key
 
 # --- sums over rows ---
@@ -253,7 +253,7 @@ def backward_stacked(dys, x, weights, lora_a, lora_b, biases, seed, saved, scale
             own = launch_backward(call, dy, saved[2 * i], bias, [needs[0], *needs[1 + 4 * i : 5 + 4 * i]], before)
             if needs[0]:
                 before = own[0]
-            gradients += [g.view(t.shape) if g.dim() == 3 else g for g, t in zip(own[1:], (weight, a, b, bias), strict=True)]
+            gradients += [g.squeeze(0) if g.dim() == 3 else g for g in own[1:]]
     if needs[0]:
         gradients[0] = dx.zero_() if before is None else before.view(x.shape)
     return gradients

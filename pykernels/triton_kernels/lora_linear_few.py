@@ -28,9 +28,9 @@ def lora_few_product(
     x, x_row, x_column, weight, weight_column, weight_depth, parts, rows, depth, columns, split_width, size_key,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """One part of the sums over `depth` for BLOCK_M columns of up to BLOCK_N rows: parts [program_id(1), rows, columns].
+    """One part of the sums over `depth`, of up to BLOCK_N rows: parts [program_id(1), rows, columns].
 
-    The weight is the left operand, of which the matrix instructions take more rows.
+    The weight is the left operand, of which matrix instructions take more rows.
     """
     BLOCK_K: tl.constexpr = BLOCK_BYTES * 8 // x.dtype.element_ty.primitive_bitwidth
     column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
