@@ -18,7 +18,7 @@ from .. import random_bits
 from .._checks import check_lora_linear
 from .launch import on_device, seed_words
 from .lora_linear_few import FEW_ROWS, launch_few
-from .lora_rows import adapters_of, add_low_rank, add_product, keeps, merged, next_adapter, scale_of
+from .lora_rows import SPLIT, adapters_of, add_low_rank, add_product, cut, keeps, merged, next_adapter, scale_of
 from .tuning import autotuned, precision_of, size_key
 
 # --- the shrink ---
@@ -38,7 +38,7 @@ def _shrink(
     third = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for column0 in range(begin, end, BLOCK_K):
         column = column0 + tl.arange(0, BLOCK_K)
-        inside, wide_column = column < end, column.to(tl.int64)
+        inside, wide_column = column < depth, column.to(tl.int64)
         x_tile = tl.load(
             from_x[:, None] + (wide_column * x_column)[None, :], mask=of_adapter[:, None] & inside[None, :], other=0.0
         )
@@ -59,24 +59,23 @@ def _shrink(
     (64, 16, 256, 4, 3),
 )  # fmt: skip
 @triton.jit(do_not_specialize=[
-    "rows_per_index", "adapters", "rows", "depth", "rank", "split_width", "seed_low", "seed_high", "stream",
-    "threshold", "size_key",
+    "rows_per_index", "adapters", "rows", "split_steps", "seed_low", "seed_high", "stream", "threshold", "size_key",
 ])  # fmt: skip
 def lora_shrink(
     x, x_row, x_column, factor, factor_adapter, factor_rank, factor_depth, index, rows_per_index, adapters,
-    parts, rows, depth, rank, split_width, seed_low, seed_high, stream, threshold, size_key,
+    parts, rows, depth, rank, split_steps, seed_low, seed_high, stream, threshold, size_key,
     DROP: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """One part of the sums over `depth` columns: parts [program_id(1), rows, rank]."""
+    """One part of the sums over `depth` columns, of split_steps * SPLIT of them: parts [program_id(1), rows, rank]."""
     BLOCK_K: tl.constexpr = BLOCK_BYTES * 8 // x.dtype.element_ty.primitive_bitwidth
     rank_tiles = tl.cdiv(rank, BLOCK_N)
     tile = tl.program_id(0)
     row = tile // rank_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     slot = tile % rank_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < rows
-    begin = tl.program_id(1) * split_width
-    end = tl.minimum(begin + split_width, depth)
+    begin = tl.program_id(1) * split_steps * SPLIT
+    end = tl.minimum(begin + split_steps * SPLIT, depth)
     if index is None:
         sums = _shrink(
             x, x_row, x_column, factor, factor_adapter, factor_rank, factor_depth, row, inside, 0, slot, rank, begin,
@@ -140,8 +139,7 @@ def _low_rank(
     (128, 64, 64, 8, 4),
 )  # fmt: skip
 @triton.jit(do_not_specialize=[
-    "rows_per_index", "adapters", "rows", "depth", "columns", "rank", "seed_low", "seed_high", "stream", "threshold",
-    "size_key",
+    "rows_per_index", "adapters", "rows", "seed_low", "seed_high", "stream", "threshold", "size_key",
 ])  # fmt: skip
 def lora_product(
     x, x_row, x_column, weight, weight_column, weight_depth, low, factor, factor_adapter, factor_column, factor_rank,
@@ -309,18 +307,16 @@ def call_of(x, weight, lora_a, lora_b, bias, scales, adapter_index, seed, scale,
 def launch_shrink(call: Call, rows: Tensor, factor: Tensor, drop: bool) -> Tensor:
     """rows [rows, depth], dropped out of if `drop`, times factor [E, R, depth]: parts [splits, rows, R] of the sums."""
     depth, rank = rows.shape[1], call.rank
-    # As many programs as occupy a large device, of at least 128 columns each.
+    # As many programs as occupy a large device.
     tiles = triton.cdiv(call.rows, 64) * triton.cdiv(rank, 32)
-    splits = min(max(512 // tiles, 1), 32, triton.cdiv(depth, 128))
-    split_width = triton.cdiv(triton.cdiv(depth, splits), 128) * 128
-    splits = triton.cdiv(depth, split_width)
+    split_steps, splits = cut(depth, min(512 // tiles, 32))
     parts = call.floats(splits, call.rows, rank)
 
     def grid(config: dict) -> tuple[int, int]:
         return triton.cdiv(call.rows, config["BLOCK_M"]) * triton.cdiv(rank, config["BLOCK_N"]), splits
 
     lora_shrink[grid](
-        rows, *rows.stride(), factor, *factor.stride(), *call.of_rows(), parts, call.rows, depth, rank, split_width,
+        rows, *rows.stride(), factor, *factor.stride(), *call.of_rows(), parts, call.rows, depth, rank, split_steps,
         *call.bits(), size_key(call.rows, depth, rank),
         DROP=drop, TERMS=3 if call.float_adapters else 1, PRECISION=call.precision,
     )  # fmt: skip

@@ -94,8 +94,8 @@ def _row_sums(
 
 
 _UNSPECIALIZED = [
-    "rows_per_index", "adapters", "elements", "rows", "a_columns", "b_columns", "split_rows", "seed_low", "seed_high",
-    "stream", "threshold", "size_key",
+    "rows_per_index", "adapters", "elements", "rows", "split_rows", "seed_low", "seed_high", "stream", "threshold",
+    "size_key",
 ]  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def lora_adapter_sums(
     (64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 3), (64, 32, 64, 4, 3),
     (64, 64, 128, 4, 3),
 )  # fmt: skip
-@triton.jit(do_not_specialize=["elements", "rows", "a_columns", "b_columns", "split_rows", "size_key"])
+@triton.jit(do_not_specialize=["elements", "rows", "split_rows", "size_key"])
 def lora_weight_sums(
     a, a_row, a_column, b, b_row, b_column, parts, to_a, to_b, elements, rows, a_columns, b_columns, split_rows,
     size_key, PRECISION: tl.constexpr,

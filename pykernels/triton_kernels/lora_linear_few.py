@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lora_rows import adapters_of
+from .lora_rows import SPLIT, adapters_of, cut
 from .tuning import autotuned, size_key
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ _OUTPUTS, _RANKS = 32, 16  # of a program of the second kernel at a time
 
 
 @autotuned((64, 8, 128, 4, 4), (64, 8, 256, 4, 4), (128, 8, 128, 4, 4), (128, 8, 256, 8, 3))
-@triton.jit(do_not_specialize=["rows", "depth", "columns", "split_width", "size_key"])
+@triton.jit(do_not_specialize=["rows", "split_steps", "size_key"])
 def lora_few_product(
-    x, x_row, x_column, weight, weight_column, weight_depth, parts, rows, depth, columns, split_width, size_key,
+    x, x_row, x_column, weight, weight_column, weight_depth, parts, rows, depth, columns, split_steps, size_key,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr,
 ):  # fmt: skip
     """One part of the sums over `depth`, of up to BLOCK_N rows: parts [program_id(1), rows, columns].
@@ -36,8 +36,8 @@ def lora_few_product(
     column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.arange(0, BLOCK_N)
     there, inside = column < columns, row < rows
-    begin = tl.program_id(1) * split_width
-    end = tl.minimum(begin + split_width, depth)
+    begin = tl.program_id(1) * split_steps * SPLIT
+    end = tl.minimum(begin + split_steps * SPLIT, depth)
     from_weight = weight + column.to(tl.int64) * weight_column
     from_x = x + row.to(tl.int64) * x_row
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -46,12 +46,12 @@ def lora_few_product(
         wide_inner = inner.to(tl.int64)
         weight_tile = tl.load(
             from_weight[:, None] + (wide_inner * weight_depth)[None, :],
-            mask=there[:, None] & (inner < end)[None, :],
+            mask=there[:, None] & (inner < depth)[None, :],
             other=0.0,
         )
         x_tile = tl.load(
             from_x[None, :] + (wide_inner * x_column)[:, None],
-            mask=(inner < end)[:, None] & inside[None, :],
+            mask=(inner < depth)[:, None] & inside[None, :],
             other=0.0,
         )
         sums = tl.dot(weight_tile, x_tile, sums, input_precision=PRECISION)
@@ -60,7 +60,7 @@ def lora_few_product(
 
 
 @triton.jit(do_not_specialize=[
-    "splits", "low_splits", "rows_per_index", "adapters", "rows", "columns", "rank",
+    "splits", "low_splits", "rows_per_index", "adapters", "rows",
 ])  # fmt: skip
 def lora_few_sums(
     parts, splits, low_parts, low_splits, factor, factor_adapter, factor_column, factor_rank,
@@ -110,13 +110,11 @@ def lora_few_sums(
 def launch_few(call: Call, low_parts: Tensor | None, bias: Tensor | None, s: Tensor, y: Tensor) -> None:
     """y and, where there is a low-rank term, s; low_parts are those of the shrink."""
     tiles = triton.cdiv(call.outputs, 64)
-    splits = min(max(512 // tiles, 1), 16, triton.cdiv(call.inputs, 256))
-    split_width = triton.cdiv(triton.cdiv(call.inputs, splits), 128) * 128
-    splits = triton.cdiv(call.inputs, split_width)
+    split_steps, splits = cut(call.inputs, min(512 // tiles, 16))
     parts = call.floats(splits, call.rows, call.outputs)
     lora_few_product[lambda config: (triton.cdiv(call.outputs, config["BLOCK_M"]), splits)](
         call.x, *call.x.stride(), call.weight, *call.weight.stride(), parts, call.rows, call.inputs, call.outputs,
-        split_width, size_key(call.inputs, call.outputs), PRECISION=call.precision,
+        split_steps, size_key(call.inputs, call.outputs), PRECISION=call.precision,
     )  # fmt: skip
     low_splits = 1 if low_parts is None else low_parts.shape[0]
     lora_few_sums[(triton.cdiv(call.outputs, _OUTPUTS),)](

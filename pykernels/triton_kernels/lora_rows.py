@@ -12,6 +12,15 @@ from . import philox
 # Terms of the low-rank term. The interpreter multiplies the bits of bfloat16 as integers; there one term holds all.
 TERM = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
+# Columns in units of which the inner dimension is cut: a multiple of every BLOCK_K, and of what loads are aligned to.
+SPLIT = tl.constexpr(128)
+
+
+def cut(depth: int, most: int) -> tuple[int, int]:
+    """How many times SPLIT columns a part of `depth` has, and how many parts there are; about `most`, at least one."""
+    steps = triton.cdiv(triton.cdiv(depth, max(most, 1)), SPLIT.value)
+    return steps, triton.cdiv(depth, steps * SPLIT.value)
+
 
 @triton.jit
 def adapters_of(index, row, inside, rows_per_index, adapters):
