@@ -10,7 +10,7 @@ the larger learning rate.
 
 Backward keeps x, S and one bit an element of what dropout kept: dS = scale * dy B, dB = scale * dy^T S, dA = dS^T d,
 dx = dy W + dropout(dS A) with the factors of forward, dW = dy^T x where the weight is trained, dbias = sum of dy.
-On CUDA devices the bits of dropout are drawn again instead of kept.
+The kernels of CUDA and Triton draw the bits of dropout again instead of keeping them.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from tests.ptx_on_cpu.triton_driver import active  # noqa: E402
 from tests.test_gated_conv_triton import python  # noqa: E402
 
 TUNED = (lora_shrink, lora_product, lora_few_product, lora_adapter_sums, lora_weight_sums)
-DTYPES = ["fp32", "bf16", "fp16"]
+DTYPES, BF16 = ["fp32", "bf16", "fp16"], torch.bfloat16
 OPERATORS = torch.ops.pykernels
 
 
@@ -75,7 +75,7 @@ def test_forms(dtype: str, capability: int) -> None:
         "float_adapters": (False, True), "transposed": (False, True), "R": (1, 3), "leading": ((2, 11), (5,)),
     }  # fmt: skip
     forms = [LoraCase(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
-    forms = random.Random(1).sample([form for form in forms if form.E or not form.scales], 18)
+    forms = random.Random(1).sample([form for form in forms if form.E or not form.scales], 12)
     for case in forms[DTYPES.index(dtype) * 2 + (capability == 90) :: 6]:
         check_case(case, FLOATS[dtype], "triton")
 
@@ -168,24 +168,19 @@ def test_seeds_of_any_size(ampere: None) -> None:
 # --- tuning ---
 
 
-@pytest.mark.parametrize("dtype, capability", [("fp32", 80), ("bf16", 80), ("bf16", 90)])
-def test_every_configuration_gives_the_same_bits(
-    dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_configuration_gives_the_same_bits(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which configuration is the fastest may differ from run to run; results may not."""
     monkeypatch.undo()
-    cases = [LoraCase(leading=(67,), K=136, N=72, R=20, dropout=0.3), LoraCase(leading=(5,), K=264, N=72, R=3)]
+    case, few = LoraCase(leading=(67,), K=144, N=80, R=20), problem(LoraCase(leading=(5,), K=144, N=80, R=20), BF16)
     every = {kernel: kernel.configs for kernel in TUNED}
     assert all(1 < len(configs) <= 6 for configs in every.values())
     results = []
-    with active(capability):
-        for i in range(6):
-            for kernel, configs in every.items():
-                monkeypatch.setattr(kernel, "configs", [configs[i % len(configs)]])
-            few = problem(cases[1], FLOATS[dtype])
-            y = evaluate(few.inputs, None, **few.options, backend="triton")["y"]
-            results.append(trained(cases[0], dtype) | {"few": y})
-    problem(cases[0], FLOATS[dtype]).check({n: t for n, t in results[0].items() if n != "few"})
+    for i in range(max(len(configs) for configs in every.values())):
+        for kernel, configs in every.items():
+            monkeypatch.setattr(kernel, "configs", [configs[i % len(configs)]])
+        y = evaluate(few.inputs, None, **few.options, backend="triton")["y"]
+        results.append(trained(case, "bf16") | {"few": y})
+    problem(case, BF16).check({n: t for n, t in results[0].items() if n != "few"})
     for i, result in enumerate(results):
         assert_equal(result, results[0], f"configuration {i}")
 

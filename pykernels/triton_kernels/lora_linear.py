@@ -54,10 +54,7 @@ def _shrink(
     return merged(first, second, third, TERMS, x.dtype.element_ty)
 
 
-@autotuned(
-    (64, 16, 128, 4, 4), (128, 16, 128, 4, 4), (64, 32, 128, 4, 4), (64, 64, 128, 4, 3), (128, 64, 128, 8, 3),
-    (64, 16, 256, 4, 3),
-)  # fmt: skip
+@autotuned((64, 16, 128, 4, 4), (128, 16, 128, 4, 4), (64, 32, 128, 4, 4), (64, 64, 128, 4, 3))
 @triton.jit(do_not_specialize=[
     "rows_per_index", "adapters", "rows", "split_steps", "seed_low", "seed_high", "stream", "threshold", "size_key",
 ])  # fmt: skip
@@ -136,7 +133,6 @@ def _low_rank(
 
 @autotuned(
     (128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 64, 128, 4, 4), (64, 128, 128, 4, 4), (64, 64, 128, 4, 4),
-    (128, 64, 64, 8, 4),
 )  # fmt: skip
 @triton.jit(do_not_specialize=[
     "rows_per_index", "adapters", "rows", "seed_low", "seed_high", "stream", "threshold", "size_key",

@@ -99,10 +99,7 @@ _UNSPECIALIZED = [
 ]  # fmt: skip
 
 
-@autotuned(
-    (64, 16, 128, 4, 4), (128, 16, 128, 4, 3), (64, 32, 128, 4, 3), (64, 64, 128, 4, 3), (128, 64, 64, 8, 3),
-    (64, 16, 64, 4, 4),
-)  # fmt: skip
+@autotuned((64, 16, 128, 4, 4), (128, 16, 128, 4, 3), (64, 32, 128, 4, 3), (64, 64, 128, 4, 3))
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def lora_adapter_sums(
     a, a_row, a_column, b, b_row, b_column, scale, scales, index, rows_per_index, adapters,
@@ -119,10 +116,7 @@ def lora_adapter_sums(
     )  # fmt: skip
 
 
-@autotuned(
-    (64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 3), (64, 32, 64, 4, 3),
-    (64, 64, 128, 4, 3),
-)  # fmt: skip
+@autotuned((64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 3), (64, 64, 128, 4, 3))
 @triton.jit(do_not_specialize=["elements", "rows", "split_rows", "size_key"])
 def lora_weight_sums(
     a, a_row, a_column, b, b_row, b_column, parts, to_a, to_b, elements, rows, a_columns, b_columns, split_rows,

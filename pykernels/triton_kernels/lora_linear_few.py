@@ -22,7 +22,7 @@ FEW_ROWS = 8
 _OUTPUTS, _RANKS = 32, 16  # of a program of the second kernel at a time
 
 
-@autotuned((64, 8, 128, 4, 4), (64, 8, 256, 4, 4), (128, 8, 128, 4, 4), (128, 8, 256, 8, 3))
+@autotuned((64, 8, 128, 4, 4), (64, 8, 256, 4, 4), (128, 8, 256, 8, 3))
 @triton.jit(do_not_specialize=["rows", "split_steps", "size_key"])
 def lora_few_product(
     x, x_row, x_column, weight, weight_column, weight_depth, parts, rows, depth, columns, split_steps, size_key,
