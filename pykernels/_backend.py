@@ -74,7 +74,8 @@ _NAMES = ("attention_pool", "child_update", "gated_conv1d", "lora_linear")
 OPERATORS: dict[str, dict[str, Backend]] = {name: _on_cpu() for name in _NAMES}
 for _name in _NAMES:
     OPERATORS[_name]["cuda"] = Backend(("cuda",), FLOATS[:3], _extension.cuda_reason or "")
-OPERATORS["gated_conv1d"]["triton"] = TritonBackend(("cuda",), FLOATS[:3], "")
+for _name in ("gated_conv1d", "lora_linear"):
+    OPERATORS[_name]["triton"] = TritonBackend(("cuda",), FLOATS[:3], "")
 
 
 def _known(name: str | None, source: str) -> str:

@@ -292,8 +292,12 @@ def check_lora_linear(
     seed: Tensor | None,
     scale: float,
     dropout: float,
+    look: bool = True,
 ) -> tuple[int, ...]:
-    """Raises what the C++ operator raises for the same arguments. Returns the shape of the output."""
+    """Raises what the C++ operator raises for the same arguments. Returns the shape of the output.
+
+    look: at the values of scales and adapter_index, for which a GPU is waited for.
+    """
     for name, t in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         check_tensor(name, t)
     check_floating("x", x)
@@ -333,17 +337,17 @@ def check_lora_linear(
             raise TypeError(f"scale: expected a floating dtype, got {name_of(scales.dtype)}")
         check_device("scale", scales, x)
         check_shape("scale", scales, lora_a.shape[:1] if several else (1,))
-        if has_data(scales) and not bool(scales.isfinite().all()):
+        if look and has_data(scales) and not bool(scales.isfinite().all()):
             raise ValueError(f"scale: expected finite numbers, got {scales.tolist()}")
     if adapter_index is not None:
-        check_adapter_index(adapter_index, x, lora_a.shape[0])
+        check_adapter_index(adapter_index, x, lora_a.shape[0], look)
     check_dropout("dropout", dropout)
     if dropout and seed is None:
         raise ValueError("seed: expected a 0-d int64 tensor with dropout, got None")
     return (*x.shape[:-1], outputs)
 
 
-def check_adapter_index(index: Tensor, x: Tensor, adapters: int) -> None:
+def check_adapter_index(index: Tensor, x: Tensor, adapters: int, look: bool) -> None:
     check_tensor("adapter_index", index)
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"adapter_index: expected int32 or int64, got {name_of(index.dtype)}")
@@ -354,7 +358,7 @@ def check_adapter_index(index: Tensor, x: Tensor, adapters: int) -> None:
             f"adapter_index: expected a leading part of x's leading shape {list(leading)}, "
             f"got shape {list(index.shape)}"
         )
-    if has_data(index) and bool(((index < -1) | (index >= adapters)).any()):
+    if look and has_data(index) and bool(((index < -1) | (index >= adapters)).any()):
         wrong = index[(index < -1) | (index >= adapters)][0].item()
         raise ValueError(f"adapter_index: expected values from -1 to E - 1 = {adapters - 1}, got {wrong}")
 

@@ -10,11 +10,12 @@ the larger learning rate.
 
 Backward keeps x, S and one bit an element of what dropout kept: dS = scale * dy B, dB = scale * dy^T S, dA = dS^T d,
 dx = dy W + dropout(dS A) with the factors of forward, dW = dy^T x where the weight is trained, dbias = sum of dy.
-On CUDA devices the bits of dropout are drawn again instead of kept.
+The kernels of CUDA and Triton draw the bits of dropout again instead of keeping them.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _backend, random_bits
+from . import _backend, _triton, random_bits
 from ._autotune import measured
 from ._checks import check_dropout, check_float, check_lora_linear, check_tensor
 from ._extension import _C
@@ -70,72 +71,100 @@ def lora_linear_ref(
 #   form:    scale, dropout
 TENSORS, DIFFERENTIABLE = 8, 5
 
+_TENSOR_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? scales, Tensor? adapter_index, "
+    "Tensor? seed"
+)
+_triton_fwd = _triton.operator(
+    f"_lora_linear_fwd_triton({_TENSOR_ARGUMENTS}, float scale, float dropout) -> (Tensor y, Tensor s, Tensor keep)",
+    "lora_linear",
+    "forward",
+)
+_triton_bwd = _triton.operator(
+    f"_lora_linear_bwd_triton(Tensor dy, {_TENSOR_ARGUMENTS}, Tensor s, Tensor keep, float scale, float dropout, "
+    "bool[5] needs) -> (Tensor dx, Tensor dweight, Tensor dlora_a, Tensor dlora_b, Tensor dbias)",
+    "lora_linear_bwd",
+    "backward",
+)
+_SUFFIXES = ["_triton"]
+
 if _C is not None:
     _fwd = torch.ops.pykernels._lora_linear_fwd.default
     _bwd = torch.ops.pykernels._lora_linear_bwd.default
 
-    @torch.library.register_fake("pykernels::_lora_linear_fwd")
-    def fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        shape = check_lora_linear(*args)
-        x, lora_a = args[0], args[2]
-        stored = bool(args[-1]) and x.device.type != "cuda"  # there backward draws the bits of dropout again
-        rows, exact = 1, torch.promote_types(x.dtype, torch.float32)
-        for n in x.shape[:-1]:
-            rows = rows * n
-        kept = rows * ((x.shape[-1] + 7) // 8) + 1 if stored else 0
-        return (
-            x.new_empty(shape),
-            x.new_empty((rows, lora_a.shape[-2]), dtype=exact),
-            x.new_empty((kept,), dtype=torch.uint8),
+    _SUFFIXES += [""]
+
+
+def fwd_fake(*args: Any, on_triton: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    shape = check_lora_linear(*args)
+    x, lora_a = args[0], args[2]
+    # CUDA's and Triton's kernels draw the bits of dropout again in backward.
+    stored = bool(args[-1]) and x.device.type != "cuda" and not on_triton
+    rows, exact = 1, torch.promote_types(x.dtype, torch.float32)
+    for n in x.shape[:-1]:
+        rows = rows * n
+    kept = rows * ((x.shape[-1] + 7) // 8) + 1 if stored else 0
+    return (
+        x.new_empty(shape),
+        x.new_empty((rows, lora_a.shape[-2]), dtype=exact),
+        x.new_empty((kept,), dtype=torch.uint8),
+    )
+
+
+def _bwd_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    tensors, needs = args[:TENSORS], args[-1]
+    check_lora_linear(*tensors, *args[TENSORS + 2 : -1])
+    return tuple(
+        torch.empty(
+            t.shape if needed and t is not None else (0,),
+            dtype=tensors[0].dtype if t is None else t.dtype,
+            device=tensors[0].device,
         )
+        for t, needed in zip(tensors[:DIFFERENTIABLE], needs, strict=True)
+    )
 
-    @torch.library.register_fake("pykernels::_lora_linear_bwd")
-    def _bwd_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        tensors, needs = args[:TENSORS], args[-1]
-        check_lora_linear(*tensors, *args[TENSORS + 2 : -1])
-        return tuple(
-            torch.empty(
-                t.shape if needed and t is not None else (0,),
-                dtype=tensors[0].dtype if t is None else t.dtype,
-                device=tensors[0].device,
-            )
-            for t, needed in zip(tensors[:DIFFERENTIABLE], needs, strict=True)
-        )
 
-    for _name in ("_lora_linear_fwd", "_lora_linear_bwd"):
+def no_vmap(*_: Any) -> None:
+    raise NotImplementedError("lora_linear: torch.vmap is not supported; put the extra dimension into x's rows")
 
-        @torch.library.register_vmap(f"pykernels::{_name}")
-        def _no_vmap(*_: Any) -> None:
-            raise NotImplementedError("lora_linear: torch.vmap is not supported; put the extra dimension into x's rows")
+
+for _suffix in _SUFFIXES:
+    _fake = functools.partial(fwd_fake, on_triton=bool(_suffix))
+    torch.library.register_fake(f"pykernels::_lora_linear_fwd{_suffix}", _fake)
+    torch.library.register_fake(f"pykernels::_lora_linear_bwd{_suffix}", _bwd_fake)
+    for _name in ("fwd", "bwd"):
+        torch.library.register_vmap(f"pykernels::_lora_linear_{_name}{_suffix}", no_vmap)
 
 
 class LoraLinearFunction(torch.autograd.Function):
     """The raw operators with gradients; about half the time of a call through torch.library.register_autograd."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _fwd(*args)
+    def forward(on_triton: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return (_triton_fwd if on_triton else _fwd)(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.on_triton, *args = inputs
         _, s, keep = output
         ctx.mark_non_differentiable(s, keep)
         ctx.set_materialize_grads(False)  # else backward would be given zeros as the gradients of s and keep
-        ctx.save_for_backward(*inputs[:TENSORS], s, keep)
-        ctx.form = inputs[TENSORS:]
+        ctx.save_for_backward(*args[:TENSORS], s, keep)
+        ctx.form = args[TENSORS:]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         *tensors, s, keep = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:DIFFERENTIABLE]
+        needs = ctx.needs_input_grad[1 : 1 + DIFFERENTIABLE]
         if dy is None:
             grads: Any = [None] * DIFFERENTIABLE
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_gradients(dy, tensors, ctx.form, needs)
         else:
-            grads = _bwd(dy, *tensors, s, keep, *ctx.form, needs)
+            bwd = _triton_bwd if ctx.on_triton else _bwd
+            grads = bwd(dy, *tensors, s, keep, *ctx.form, needs)
         rest = [None] * (TENSORS - DIFFERENTIABLE + len(ctx.form))
-        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *rest
+        return None, *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *rest
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
@@ -195,7 +224,8 @@ def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, 
         dropout, tensors = 0.0, (*tensors[:-1], None)
     form: tuple[Any, ...] = (scale, float(dropout))
 
-    if exporting() or _backend.choose("lora_linear", backend, device, x.dtype) == "reference":
+    chosen = "reference" if exporting() else _backend.choose("lora_linear", backend, device, x.dtype)
+    if chosen == "reference":
         check_lora_linear(*tensors, *form)
         return lora_linear_ref(*tensors, *form)
     inputs = [t for t in tensors[:DIFFERENTIABLE] if isinstance(t, Tensor)]
@@ -207,8 +237,8 @@ def _call(tensors: tuple[Any, ...], scale: Any, dropout: float, training: bool, 
         form = (1.0, form[1])
     try:
         if torch.is_grad_enabled() and any([t.requires_grad for t in inputs]):
-            return LoraLinearFunction.apply(*tensors, *form)[0]
-        return _fwd(*tensors, *form)[0]
+            return LoraLinearFunction.apply(chosen == "triton", *tensors, *form)[0]
+        return (_triton_fwd if chosen == "triton" else _fwd)(*tensors, *form)[0]
     except RuntimeError:
         # What PyTorch says of an argument of the wrong type does not begin with its name.
         check_lora_linear(*tensors, *form)

@@ -5,6 +5,7 @@ y_i = x W_i^T + bias_i + scale_i * (dropout_i(x) A_i^T) B_i^T;        dx = the s
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -12,52 +13,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backend, random_bits
+from . import _backend, _triton, random_bits
 from ._autotune import measured
 from ._checks import check_dropout, check_lora_linear, check_lora_linear_stacked, check_tensor
 from ._extension import _C
-from .lora_linear import exporting, lora_linear_ref, refuse_forward_mode
+from .lora_linear import exporting, fwd_fake, lora_linear_ref, no_vmap, refuse_forward_mode
+
+_TENSOR_ARGUMENTS = "Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] biases, Tensor? seed"
+_triton_fwd = _triton.operator(
+    f"_lora_linear_stacked_fwd_triton({_TENSOR_ARGUMENTS}, float[] scales, float dropout) -> Tensor[]",
+    "lora_linear",
+    "forward_stacked",
+)
+_triton_bwd = _triton.operator(
+    f"_lora_linear_stacked_bwd_triton(Tensor?[] dys, {_TENSOR_ARGUMENTS}, Tensor[] saved, float[] scales, "
+    "float dropout, bool[] needs) -> Tensor[]",
+    "lora_linear_bwd",
+    "backward_stacked",
+)
+_SUFFIXES = ["_triton"]
 
 if _C is not None:
-    from .lora_linear import fwd_fake
-
     _fwd = torch.ops.pykernels._lora_linear_stacked_fwd.default
     _bwd = torch.ops.pykernels._lora_linear_stacked_bwd.default
+    _SUFFIXES += [""]
 
-    @torch.library.register_fake("pykernels::_lora_linear_stacked_fwd")
-    def _fwd_fake(
-        x: Tensor, weights: Any, lora_a: Any, lora_b: Any, biases: Any, seed: Any, scales: Any, dropout: float
-    ) -> list[Tensor]:
-        each = zip(weights, lora_a, lora_b, biases, scales, strict=True)
-        return [t for w, a, b, c, n in each for t in fwd_fake(x, w, a, b, c, None, None, seed, n, dropout)]
 
-    @torch.library.register_fake("pykernels::_lora_linear_stacked_bwd")
-    def _bwd_fake(dys: Any, x: Tensor, weights: Any, lora_a: Any, lora_b: Any, biases: Any, *rest: Any) -> list[Tensor]:
-        needs = rest[-1]
-        grads = [x.new_empty(x.shape if needs[0] else (0,))]
-        for i, group in enumerate(zip(weights, lora_a, lora_b, biases, strict=True)):
-            for needed, t in zip(needs[1 + 4 * i : 5 + 4 * i], group, strict=True):
-                wanted = needed and t is not None and dys[i] is not None
-                grads.append((x if t is None else t).new_empty(t.shape if wanted else (0,)))
-        return grads
+def _fwd_fake(
+    x: Tensor, weights: Any, lora_a: Any, lora_b: Any, biases: Any, seed: Any, scales: Any, dropout: float,
+    on_triton: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    results: list[Tensor] = []
+    for w, a, b, c, n in zip(weights, lora_a, lora_b, biases, scales, strict=True):
+        results += fwd_fake(x, w, a, b, c, None, None, seed, n, dropout, on_triton=on_triton)
+    return results
 
-    for _name in ("_lora_linear_stacked_fwd", "_lora_linear_stacked_bwd"):
 
-        @torch.library.register_vmap(f"pykernels::{_name}")
-        def _no_vmap(*_: Any) -> None:
-            raise NotImplementedError("lora_linear: torch.vmap is not supported; put the extra dimension into x's rows")
+def _bwd_fake(dys: Any, x: Tensor, weights: Any, lora_a: Any, lora_b: Any, biases: Any, *rest: Any) -> list[Tensor]:
+    needs = rest[-1]
+    grads = [x.new_empty(x.shape if needs[0] else (0,))]
+    for i, group in enumerate(zip(weights, lora_a, lora_b, biases, strict=True)):
+        for needed, t in zip(needs[1 + 4 * i : 5 + 4 * i], group, strict=True):
+            wanted = needed and t is not None and dys[i] is not None
+            grads.append((x if t is None else t).new_empty(t.shape if wanted else (0,)))
+    return grads
+
+
+for _suffix in _SUFFIXES:
+    _fake = functools.partial(_fwd_fake, on_triton=bool(_suffix))
+    torch.library.register_fake(f"pykernels::_lora_linear_stacked_fwd{_suffix}", _fake)
+    torch.library.register_fake(f"pykernels::_lora_linear_stacked_bwd{_suffix}", _bwd_fake)
+    for _name in ("fwd", "bwd"):
+        torch.library.register_vmap(f"pykernels::_lora_linear_stacked_{_name}{_suffix}", no_vmap)
 
 
 class LoraLinearStackedFunction(torch.autograd.Function):
-    """Several projections of one x. Arguments: seed, scales, dropout, x, then weight, lora_a, lora_b, bias of each."""
+    """Several projections of one x. Arguments: whether Triton serves, seed, scales, dropout, x, then weight, lora_a,
+    lora_b and bias of each."""
 
     @staticmethod
-    def forward(seed: Tensor | None, scales: list[float], dropout: float, x: Tensor, *each: Any) -> tuple[Tensor, ...]:
-        return tuple(_fwd(x, *(list(each[i::4]) for i in range(4)), seed, scales, dropout))
+    def forward(
+        on_triton: bool, seed: Tensor | None, scales: list[float], dropout: float, x: Tensor, *each: Any
+    ) -> tuple[Tensor, ...]:
+        fwd = _triton_fwd if on_triton else _fwd
+        return tuple(fwd(x, *(list(each[i::4]) for i in range(4)), seed, scales, dropout))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        seed, ctx.scales, ctx.dropout, *tensors = inputs
+        ctx.on_triton, seed, ctx.scales, ctx.dropout, *tensors = inputs
         saved = [t for i, t in enumerate(output) if i % 3]
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
@@ -68,17 +91,18 @@ class LoraLinearStackedFunction(torch.autograd.Function):
         seed, x, *rest = ctx.saved_tensors
         count = len(ctx.scales)
         each, saved = rest[: 4 * count], rest[4 * count :]
-        dys, needs = list(grads[::3]), ctx.needs_input_grad[3:]
+        dys, needs = list(grads[::3]), ctx.needs_input_grad[4:]
         if all(dy is None for dy in dys):
-            return (None,) * (3 + len(needs))
+            return (None,) * (4 + len(needs))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_gradients(dys, x, each, seed, ctx.scales, ctx.dropout, needs)
         else:
             groups = [list(each[i::4]) for i in range(4)]
-            found = _bwd(dys, x, *groups, seed, saved, ctx.scales, ctx.dropout, list(needs))
+            bwd = _triton_bwd if ctx.on_triton else _bwd
+            found = bwd(dys, x, *groups, seed, saved, ctx.scales, ctx.dropout, list(needs))
         given = [True] + [dys[i // 4] is not None for i in range(4 * count)]
         kept = (g if needed and there else None for g, needed, there in zip(found, needs, given, strict=True))
-        return None, None, None, *kept
+        return None, None, None, None, *kept
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
@@ -151,7 +175,8 @@ def lora_linear_stacked(
     bits = random_bits.seed_tensor(seed) if training and dropout else None
     dropout = float(dropout) if training else 0.0
     each = [_four([group[i] for group in groups], 0) for i in range(len(scales))]
-    if exporting() or _backend.choose("lora_linear", backend, device, x.dtype) == "reference":
+    chosen = "reference" if exporting() else _backend.choose("lora_linear", backend, device, x.dtype)
+    if chosen == "reference":
         results = []
         for i, (tensors, factor) in enumerate(zip(each, scales, strict=True)):
             check_lora_linear(x, *tensors, None, None, bits, factor, dropout)
@@ -162,8 +187,9 @@ def lora_linear_stacked(
     try:
         if torch.is_grad_enabled() and any([t.requires_grad for t in inputs]):
             flat = [t for tensors in each for t in tensors]
-            return LoraLinearStackedFunction.apply(bits, scales, dropout, x, *flat)[::3]
-        return tuple(_fwd(x, *groups, bits, scales, dropout)[::3])
+            return LoraLinearStackedFunction.apply(chosen == "triton", bits, scales, dropout, x, *flat)[::3]
+        fwd = _triton_fwd if chosen == "triton" else _fwd
+        return tuple(fwd(x, *groups, bits, scales, dropout)[::3])
     except (RuntimeError, TypeError, ValueError):
         for i, (tensors, factor) in enumerate(zip(each, scales, strict=True)):
             try:

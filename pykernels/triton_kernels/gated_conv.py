@@ -6,7 +6,6 @@ in gated_conv_bwd.py.
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from .. import random_bits
 from .._checks import check_gated_conv1d
 from . import philox, rows
 from .activation import sigmoid, tanh
+from .launch import on_device, seed_words
 from .tuning import autotuned, precision_of, size_key
 
 NONE, DROPOUT, NOISE = (tl.constexpr(i) for i in range(3))  # what gate logits are multiplied with
@@ -183,6 +183,7 @@ def call_of(x, weight, bias, gate_weight, gate_bias, cond, mask, lengths, cu_seq
             scale = 65536 / threshold
         else:
             random, scale = NOISE.value, float(gate_noise)
+    seed_low, seed_high = seed_words(bits)
     return Call(
         x=x,
         batch=rows.batch_of(x, mask, lengths, cu_seqlens),
@@ -199,23 +200,12 @@ def call_of(x, weight, bias, gate_weight, gate_bias, cond, mask, lengths, cu_seq
         split=split,
         residual=RESIDUALS[residual],
         tanh=value_act == "tanh",
-        seed_low=_signed(bits),
-        seed_high=_signed(bits >> 32),
+        seed_low=seed_low,
+        seed_high=seed_high,
         random=random,
         threshold=threshold,
         random_scale=scale,
     )
-
-
-def _signed(word: int) -> int:
-    """The low 32 bits as a number that Triton passes as int32, whichever they are."""
-    word &= 0xFFFFFFFF
-    return word - 2**32 if word >= 2**31 else word
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Kernels are launched on the current device, which need not be that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def width_of(c_out: int) -> int:

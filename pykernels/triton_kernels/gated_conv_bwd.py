@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .._checks import check_like, check_shape
 from . import rows
-from .gated_conv import HIGHWAY, NONE, PLAIN, Call, call_of, launch_forward, on_device, pack, random_factors
+from .gated_conv import HIGHWAY, NONE, PLAIN, Call, call_of, launch_forward, pack, random_factors
+from .launch import on_device
 from .tuning import autotuned, precision_of, size_key
 
 # --- dh, dcond, sums of dh ---

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def activation_draws(seed_low, seed_high, row, column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def activation_draws(seed_low, seed_high, row, column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, stream=0):
     """The 16-bit draws of ROWS rows and COLUMNS columns from `column` on, a multiple of 8 like COLUMNS, of activations
     [..., columns]. seed_low, seed_high: int32. row: [ROWS] -> [ROWS, COLUMNS] uint32. One call of Philox makes eight.
     """
@@ -13,7 +13,7 @@ def activation_draws(seed_low, seed_high, row, column, columns, ROWS: tl.constex
     low, high = (call & 0xFFFFFFFF).to(tl.uint32), (call >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     key_low, key_high = seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True)
-    w0, w1, w2, w3 = tl.philox_impl(low, high, zero, zero, key_low, key_high)
+    w0, w1, w2, w3 = tl.philox_impl(low, high, zero + stream, zero, key_low, key_high)
     # Each join adds the next lower bit of the draw's number, 2 w + half.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, COLUMNS))
