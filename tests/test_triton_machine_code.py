@@ -1,0 +1,144 @@
+"""What Triton and its ptxas make of the kernels for GPUs that are not here: spills, shared memory, the instructions that
+multiply. Compiled, in every configuration, as training steps of the operators launch them; nothing is run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tests import gated_conv_cases, lora_linear_cases
+from tests.helpers import FLOATS
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+from pykernels.triton_kernels import gated_conv, gated_conv_bwd, lora_linear, lora_linear_bwd, lora_linear_few  # noqa: E402
+from tests.triton_compiled import Compiled, compiling  # noqa: E402
+
+# A block's shared memory, by the CUDA programming guide.
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+MULTIPLY = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+PRODUCTS = ("mma.sync", "wgmma.mma", "tcgen05.mma")
+
+
+def gated_conv_step(dtype: torch.dtype, **form: Any) -> None:
+    case = gated_conv_cases.Case(B=2, L=64, C_in=64, C_out=64, **form)
+    p = gated_conv_cases.problem(case, dtype)
+    gated_conv_cases.evaluate(p.inputs, case.dy, backend="triton", **p.options)
+
+
+def lora_linear_step(dtype: torch.dtype, **form: Any) -> None:
+    """And a forward of one row."""
+    for rows in (128, 1):
+        case = lora_linear_cases.LoraCase(leading=(rows,), K=256, N=256, R=16, **form)
+        p = lora_linear_cases.problem(case, dtype)
+        lora_linear_cases.evaluate(p.inputs, case.dy, **p.options, backend="triton")
+
+
+class Operator(NamedTuple):
+    """A training step of sizes that are aligned as models' are, and the kernels that are tuned."""
+
+    step: Callable[..., None]
+    tuned: tuple[Any, ...]
+    usual: dict[str, Any]
+    others: tuple[dict[str, Any], ...]
+
+
+OPERATORS = {
+    "gated_conv": Operator(
+        gated_conv_step,
+        (gated_conv.gated_conv_forward, gated_conv_bwd.input_backward, gated_conv_bwd.weight_backward),
+        {"rows": "lengths", "residual": "highway"},
+        ({"rows": "mask", "cond": "all", "value_act": "tanh"}, {"rows": "packed", "gate_dropout": 0.1}),
+    ),
+    "lora_linear": Operator(
+        lora_linear_step,
+        (
+            lora_linear.lora_shrink, lora_linear.lora_product, lora_linear_few.lora_few_product,
+            lora_linear_bwd.lora_adapter_sums, lora_linear_bwd.lora_weight_sums,
+        ),
+        {},
+        ({"dropout": 0.1, "float_adapters": True}, {"E": 3, "scales": True}),
+    ),
+}  # fmt: skip
+# Bytes, of configurations that others stand beside: kernel, its number, capability, dtype.
+KNOWN_SPILLS: dict[tuple[str, int, int, str], int] = {
+    ("gated_conv_forward", 0, 100, "fp32"): 8,
+    ("gated_conv_forward", 0, 120, "fp32"): 40,
+    ("gated_conv_forward", 2, 100, "tf32"): 8,
+}
+
+
+def compile_step(name: str, dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch, **form: Any) -> list[Compiled]:
+    """All kernels of a step, every configuration of the tuned ones."""
+    operator = OPERATORS[name]
+    for kernel in operator.tuned:
+        monkeypatch.setattr(kernel, "cache", {})
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        with compiling(capability) as compiled:
+            operator.step(FLOATS["fp32" if dtype == "tf32" else dtype], **form)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    names = Counter(c.name for c in compiled)
+    for kernel in operator.tuned:
+        assert names[kernel.base_fn.__name__] >= len(kernel.configs), kernel.base_fn.__name__
+    return compiled
+
+
+def products_of(name: str, compiled: list[Compiled]) -> list[Compiled]:
+    tuned = [kernel.base_fn.__name__ for kernel in OPERATORS[name].tuned]
+    return [c for c in compiled if c.name in tuned]
+
+
+def assert_fits(compiled: list[Compiled], dtype: str, folder: Path) -> None:
+    number: Counter[str] = Counter()
+    found = []
+    for c in compiled:
+        assert c.shared <= SHARED[c.capability], (c.name, c.shared)
+        spilled = c.spilled_bytes(folder)
+        if spilled > KNOWN_SPILLS.get((c.name, number[c.name], c.capability, dtype), 0):
+            found.append((c.name, number[c.name], c.capability, dtype, spilled))
+        number[c.name] += 1
+    assert not found
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_16_bits(operator: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products by the instructions of the GPU, loads of aligned rows by asynchronous copies of 16 bytes."""
+    compiled = compile_step(operator, "bf16", capability, monkeypatch, **OPERATORS[operator].usual)
+    assert_fits(compiled, "bf16", tmp_path)
+    for c in products_of(operator, compiled):
+        assert MULTIPLY[capability] in c.ptx, c.name
+        assert "cp.async.cg.shared.global" in c.ptx, c.name
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_strict_float32(operator: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tf32 but where the setting asks for it."""
+    compiled = compile_step(operator, "fp32", capability, monkeypatch, **OPERATORS[operator].usual)
+    assert_fits(compiled, "fp32", tmp_path)
+    assert not [c.name for c in compiled for word in ("tf32", *PRODUCTS) if word in c.ptx]
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_tf32(operator: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compile_step(operator, "tf32", capability, monkeypatch, **OPERATORS[operator].usual)
+    assert_fits(compiled, "tf32", tmp_path)
+    assert all("tf32" in c.ptx for c in products_of(operator, compiled))
+
+
+@pytest.mark.parametrize(
+    ("operator", "form"),
+    [pytest.param(n, f, id=f"{n}-{i}") for n, operator in OPERATORS.items() for i, f in enumerate(operator.others)],
+)
+def test_other_forms(operator: str, form: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_fits(compile_step(operator, "fp16", 80, monkeypatch, **form), "fp16", tmp_path)
