@@ -6,7 +6,6 @@ in gated_conv_bwd.py.
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from .. import random_bits
 from .._checks import check_gated_conv1d
 from . import philox, rows
 from .activation import sigmoid, tanh
-from .tuning import autotuned, precision_of, size_key
+from .tuning import autotuned, on_device, precision_of, size_key
 
 NONE, DROPOUT, NOISE = (tl.constexpr(i) for i in range(3))  # what gate logits are multiplied with
 HIGHWAY, ADD, PLAIN = (tl.constexpr(i) for i in range(3))
@@ -166,11 +165,10 @@ class Call(NamedTuple):
 def call_of(x, weight, bias, gate_weight, gate_bias, cond, mask, lengths, cu_seqlens, seed, dilation, padding, residual,
             value_act, split, gate_dropout, gate_noise) -> Call:  # fmt: skip
     """Checks the arguments of the raw operators, which are those of pykernels._checks.check_gated_conv1d."""
-    # Values on a GPU would have to be waited for; the meta device has none to look at.
-    told = [t.to("meta") if isinstance(t, Tensor) and t.is_cuda else t for t in (mask, lengths, cu_seqlens)]
+    told = [rows.checkable(t) for t in (mask, lengths, cu_seqlens)]
     shape = check_gated_conv1d(
-        x, weight, bias, gate_weight, gate_bias, cond, told[0], told[1], told[2], seed, dilation, padding, residual,
-        value_act, split, gate_dropout, gate_noise,
+        x, weight, bias, gate_weight, gate_bias, cond, *told, seed, dilation, padding, residual, value_act, split,
+        gate_dropout, gate_noise,
     )  # fmt: skip
     c_out, taps = shape[-1], weight.shape[2]
     reach = dilation * (taps - 1)
@@ -211,11 +209,6 @@ def _signed(word: int) -> int:
     """The low 32 bits as a number that Triton passes as int32, whichever they are."""
     word &= 0xFFFFFFFF
     return word - 2**32 if word >= 2**31 else word
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Kernels are launched on the current device, which need not be that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def width_of(c_out: int) -> int:

@@ -1,4 +1,4 @@
-"""How the kernels with matrix products are tuned.
+"""How kernels are launched, and those with matrix products tuned.
 
 Configurations of one kernel give the same bits: they sum over the inner dimension in the same order, and on Hopper each
 has whole warpgroups and at least 64 rows, so that the same instructions multiply. Which one is the fastest may
@@ -7,11 +7,13 @@ differ between runs.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 
 def configurations(*sizes: tuple[int, int, int, int, int]) -> list[triton.Config]:
@@ -41,3 +43,8 @@ def precision_of(dtype: torch.dtype) -> str:
     """The input_precision of tl.dot: float32 is rounded to tf32 where PyTorch's setting for CUDA products says so."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Kernels are launched on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
