@@ -73,6 +73,7 @@ _NAMES = ("attention_pool", "child_update", "gated_conv1d", "lora_linear")
 OPERATORS: dict[str, dict[str, Backend]] = {name: _on_cpu() for name in _NAMES}
 for _name in _NAMES:
     OPERATORS[_name]["cuda"] = Backend(("cuda",), FLOATS[:3], _extension.cuda_reason or "")
+OPERATORS["attention_pool"]["triton"] = TritonBackend(("cuda",), FLOATS[:3], "")
 OPERATORS["child_update"]["triton"] = TritonBackend(("cuda",), FLOATS[:3], "")
 OPERATORS["gated_conv1d"]["triton"] = TritonBackend(("cuda",), FLOATS[:3], "")
 
