@@ -21,7 +21,6 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _NO_EXTENSION = f"pykernels has no compiled extension: {_extension.reason}" if _extension._C is None else ""
-_NOT_BUILT = "not built: this version has no {} kernels for this operator"
 
 
 class Backend(NamedTuple):
@@ -60,22 +59,17 @@ class TritonBackend(Backend):
         return super().refusal("cuda" if on_cpu else device, dtype, named) or self.missing()
 
 
-def _on_cpu() -> dict[str, Backend]:
-    """An operator with CPU kernels alone, for all floating dtypes; in the order in which "auto" tries them."""
+def _backends() -> dict[str, Backend]:
+    """Of one operator, in the order in which "auto" tries them."""
     return {
         "cpu": Backend(("cpu",), FLOATS, _NO_EXTENSION),
-        "cuda": Backend(("cuda",), (), _NOT_BUILT.format("CUDA")),
-        "triton": Backend(("cuda",), (), _NOT_BUILT.format("Triton")),
+        "cuda": Backend(("cuda",), FLOATS[:3], _extension.cuda_reason or ""),
+        "triton": TritonBackend(("cuda",), FLOATS[:3], ""),
         "reference": Backend((), FLOATS, ""),
     }
 
 
-_NAMES = ("attention_pool", "child_update", "gated_conv1d", "lora_linear")
-OPERATORS: dict[str, dict[str, Backend]] = {name: _on_cpu() for name in _NAMES}
-for _name in _NAMES:
-    OPERATORS[_name]["cuda"] = Backend(("cuda",), FLOATS[:3], _extension.cuda_reason or "")
-for _name in ("gated_conv1d", "lora_linear"):
-    OPERATORS[_name]["triton"] = TritonBackend(("cuda",), FLOATS[:3], "")
+OPERATORS = {name: _backends() for name in ("attention_pool", "child_update", "gated_conv1d", "lora_linear")}
 
 
 def _known(name: str | None, source: str) -> str:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import _backend
+from . import _backend, _triton
 from ._autotune import measured
 from ._checks import ACTIVATIONS, check_attention_pool, check_choice, check_int, check_tensor
 from ._extension import _C
@@ -104,56 +104,79 @@ def attention_pool_ref(
 #   form:    activation, return_scores ("none", "raw" or "softmax")
 TENSORS, DIFFERENTIABLE = 9, 6
 
+_TENSOR_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor query, Tensor? bias, Tensor? gate_weight, Tensor? gate_bias, Tensor? mask, "
+    "Tensor? lengths, Tensor? cu_seqlens"
+)
+_triton_fwd = _triton.operator(
+    f"_attention_pool_fwd_triton({_TENSOR_ARGUMENTS}, str activation, str return_scores, bool save, bool keep) -> "
+    "(Tensor out, Tensor scores, Tensor weights, Tensor max_sum, Tensor pooled, Tensor kept)",
+    "attention_pool",
+    "forward",
+)
+_triton_bwd = _triton.operator(
+    f"_attention_pool_bwd_triton(Tensor? dout, Tensor? dscores, {_TENSOR_ARGUMENTS}, Tensor scores, Tensor max_sum, "
+    "Tensor pooled, Tensor? kept, str activation, str return_scores, bool[6] needs) -> (Tensor dx, Tensor dweight, "
+    "Tensor dquery, Tensor dbias, Tensor dgate_weight, Tensor dgate_bias)",
+    "attention_pool_bwd",
+    "backward",
+)
+_SUFFIXES = ["_triton"]
+
 if _C is not None:
     _fwd = torch.ops.pykernels._attention_pool_fwd.default
     _bwd = torch.ops.pykernels._attention_pool_bwd.default
+    _SUFFIXES += [""]
 
-    @torch.library.register_fake("pykernels::_attention_pool_fwd")
-    def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
-        tensors, form, (save, keep) = args[:TENSORS], args[TENSORS:-2], args[-2:]
-        out, scores = check_attention_pool(*tensors, *form)
-        returned = form[-1]
-        x, weight, query, gate_weight = tensors[0], tensors[1], tensors[2], tensors[4]
-        exact = torch.promote_types(x.dtype, torch.float32)
-        heads = query.shape[0] if query.dim() == 2 else 1
-        return (
-            x.new_empty(out),
-            x.new_empty(scores if save or returned != "none" else (0,), dtype=exact),
-            x.new_empty(scores if returned == "softmax" else (0,), dtype=exact),
-            x.new_empty((out[0], heads, 2), dtype=exact),
-            x.new_empty(out if save and x.dtype != exact else (0,), dtype=exact),
-            x.new_empty(
-                (math.prod(x.shape[:-1]), weight.shape[0] * (1 if gate_weight is None else 2)) if keep else (0,)
-            ),
-        )
 
-    @torch.library.register_fake("pykernels::_attention_pool_bwd")
-    def _bwd_fake(dout: Tensor | None, dscores: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-        tensors, form, needs = args[:TENSORS], args[TENSORS + 4 : -1], args[-1]
-        check_attention_pool(*tensors, *form)
-        return tuple(
-            tensors[0].new_empty(t.shape if needed and t is not None else (0,))
-            for t, needed in zip(tensors[:DIFFERENTIABLE], needs, strict=True)
-        )
+def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    tensors, form, (save, keep) = args[:TENSORS], args[TENSORS:-2], args[-2:]
+    out, scores = check_attention_pool(*tensors, *form)
+    returned = form[-1]
+    x, weight, query, gate_weight = tensors[0], tensors[1], tensors[2], tensors[4]
+    exact = torch.promote_types(x.dtype, torch.float32)
+    heads = query.shape[0] if query.dim() == 2 else 1
+    return (
+        x.new_empty(out),
+        x.new_empty(scores if save or returned != "none" else (0,), dtype=exact),
+        x.new_empty(scores if returned == "softmax" else (0,), dtype=exact),
+        x.new_empty((out[0], heads, 2), dtype=exact),
+        x.new_empty(out if save and x.dtype != exact else (0,), dtype=exact),
+        x.new_empty((math.prod(x.shape[:-1]), weight.shape[0] * (1 if gate_weight is None else 2)) if keep else (0,)),
+    )
 
-    for _name in ("_attention_pool_fwd", "_attention_pool_bwd"):
 
-        @torch.library.register_vmap(f"pykernels::{_name}")
-        def _no_vmap(*_: Any) -> None:
-            raise NotImplementedError("attention_pool: torch.vmap is not supported; put the extra dimension into B")
+def _bwd_fake(dout: Tensor | None, dscores: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    tensors, form, needs = args[:TENSORS], args[TENSORS + 4 : -1], args[-1]
+    check_attention_pool(*tensors, *form)
+    return tuple(
+        tensors[0].new_empty(t.shape if needed and t is not None else (0,))
+        for t, needed in zip(tensors[:DIFFERENTIABLE], needs, strict=True)
+    )
+
+
+def _no_vmap(*_: Any) -> None:
+    raise NotImplementedError("attention_pool: torch.vmap is not supported; put the extra dimension into B")
+
+
+for _suffix in _SUFFIXES:
+    torch.library.register_fake(f"pykernels::_attention_pool_fwd{_suffix}", _fwd_fake)
+    torch.library.register_fake(f"pykernels::_attention_pool_bwd{_suffix}", _bwd_fake)
+    for _name in ("fwd", "bwd"):
+        torch.library.register_vmap(f"pykernels::_attention_pool_{_name}{_suffix}", _no_vmap)
 
 
 class AttentionPoolFunction(torch.autograd.Function):
     """The raw operators with gradients; about half the time of a call through torch.library.register_autograd."""
 
     @staticmethod
-    def forward(recompute: bool, *args: Any) -> tuple[Tensor, ...]:
-        return _fwd(*args, True, not recompute)
+    def forward(recompute: bool, on_triton: bool, *args: Any) -> tuple[Tensor, ...]:
+        return (_triton_fwd if on_triton else _fwd)(*args, True, not recompute)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         out, scores, weights, max_sum, pooled, kept = output
-        recompute, *args = inputs
+        recompute, ctx.on_triton, *args = inputs
         returned = args[-1]
         unreturned = [t for t, name in ((scores, "raw"), (weights, "softmax")) if name != returned]
         ctx.mark_non_differentiable(*unreturned, max_sum, pooled, kept)
@@ -166,16 +189,17 @@ class AttentionPoolFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *more: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, scores, max_sum, pooled, kept = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1 : 1 + DIFFERENTIABLE]
+        needs = ctx.needs_input_grad[2 : 2 + DIFFERENTIABLE]
         dscores = {"none": None, "raw": more[0], "softmax": more[1]}[ctx.form[1]]
         if dout is None and dscores is None:
             grads: Any = [None] * DIFFERENTIABLE
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_gradients(dout, dscores, tensors, ctx.form, needs)
         else:
-            grads = _bwd(dout, dscores, *tensors, scores, max_sum, pooled, kept, *ctx.form, needs)
+            bwd = _triton_bwd if ctx.on_triton else _bwd
+            grads = bwd(dout, dscores, *tensors, scores, max_sum, pooled, kept, *ctx.form, needs)
         rest = [None] * (TENSORS - DIFFERENTIABLE + len(ctx.form))
-        return None, *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *rest
+        return None, None, *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *rest
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
@@ -246,7 +270,8 @@ def attention_pool(
 
     Returns out [B, D], with heads [B, J, D], in x's dtype, or (out, scores). A sequence without rows gives zeros, and
     zero gradients. Unless recompute is False, nothing of the size [B, L, H] is made: backward keeps 4 bytes a score (8
-    for float64) and computes u again; its gradient exists for some rows at a time (16 MB on a CPU, 32 MB on CUDA).
+    for float64) and computes u again; its gradient exists for some rows at a time (16 MB on a CPU, 32 MB on CUDA; with
+    Triton for all of them).
     Equal inputs give equal bits on the CPU kernels, with any number of threads, whatever the sequence is batched with
     and however far it is padded behind; on CUDA too, but for gradients of parameters, which depend on the padding. On
     CUDA float32 is multiplied in tf32 where PyTorch's setting for CUDA matrix products allows it, and values of lengths
@@ -272,7 +297,8 @@ def attention_pool(
 
     # An exported model holds PyTorch's own operators only.
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if exporting or _backend.choose("attention_pool", backend, device, x.dtype) == "reference":
+    chosen = "reference" if exporting else _backend.choose("attention_pool", backend, device, x.dtype)
+    if chosen == "reference":
         check_attention_pool(*tensors, *form)
         out, scores = attention_pool_ref(*tensors, *form)
         return out if scores is None else (out, scores)
@@ -281,9 +307,11 @@ def attention_pool(
         raise NotImplementedError("attention_pool: forward-mode differentiation is not supported")
     try:
         if torch.is_grad_enabled() and any([t.requires_grad for t in inputs]):
-            out, scores, weights = AttentionPoolFunction.apply(recompute, *tensors, *form)[:3]
+            on_triton = chosen == "triton"
+            out, scores, weights = AttentionPoolFunction.apply(recompute, on_triton, *tensors, *form)[:3]
         else:
-            out, scores, weights = _fwd(*tensors, *form, False, False)[:3]
+            fwd = _triton_fwd if chosen == "triton" else _fwd
+            out, scores, weights = fwd(*tensors, *form, False, False)[:3]
     except RuntimeError:
         # What PyTorch says of an argument of the wrong type does not begin with its name.
         check_attention_pool(*tensors, *form)

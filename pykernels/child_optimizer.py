@@ -325,8 +325,7 @@ class ChildTuning(Optimizer):
         sums: list[Tensor] = []
         for p, grads in batches.values():
             backend = _backend.choose("child_update", self.backend, grads[0].device.type, grads[0].dtype)
-            one = child_update.square_sum_ref if backend == "reference" else child_update._square_sum
-            sums.append(shards.sum_over_shards(p, one(grads)))
+            sums.append(shards.sum_over_shards(p, child_update.square_sum_of(backend)(grads)))
         if len({t.device for t in sums}) > 1:
             sums = [t.cpu() for t in sums]  # else the norm stays where it is, and nothing waits for the device
         total = sums[0]

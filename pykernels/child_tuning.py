@@ -4,7 +4,7 @@ the formulas."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -98,9 +98,9 @@ class ChildTuningAdamW(ChildTuning):
         check_bool("correct_bias", group["correct_bias"])
 
     def _update(self, backend: str, group: dict[str, Any], arguments: tuple[Any, ...], common: dict[str, Any]) -> None:
-        call: Callable[..., None] = child_update.adamw_ref_ if backend == "reference" else child_update._adamw_
         beta1, beta2 = group["betas"]
         own: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "order": group["order"]}
+        call = child_update.adamw_of(backend)
         call(*arguments, **own, correct_bias=group["correct_bias"], **common)
 
 
@@ -168,7 +168,7 @@ class ChildTuningSGD(ChildTuning):
                 raise ValueError(f"weight_decay: expected {wanted}, got {group['weight_decay']}")
 
     def _update(self, backend: str, group: dict[str, Any], arguments: tuple[Any, ...], common: dict[str, Any]) -> None:
-        call: Callable[..., None] = child_update.sgd_ref_ if backend == "reference" else child_update._sgd_
         params, grads, buffers, *others = arguments
         own: dict[str, Any] = {name: group[name] for name in ("momentum", "dampening", "nesterov")}
+        call = child_update.sgd_of(backend)
         call(params, grads, buffers if group["momentum"] else [], *others, **own, **common)

@@ -20,28 +20,57 @@ elements: element j of a part has the index start + j // length * stride + j % l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _extension
+from . import _extension, _triton
 from .random_bits import draws16_at, keep_threshold
+
+# Arguments in the order of csrc/ops.cpp.
+_LISTS = "Tensor?[] masks, Tensor?[] runs, int[] streams"
+_SHARED = "Tensor? grad_scale, Tensor? found_inf, Tensor? square_sum, Tensor lr, Tensor weight_decay"
+_triton_adamw_ = _triton.operator(
+    "_child_adamw_triton_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    f"Tensor(d!)[] steps, {_LISTS}, {_SHARED}, float beta1, float beta2, float eps, float? reserve_p, "
+    "float max_grad_norm, int seed, str where, str decay, str order, bool correct_bias, bool maximize, "
+    "bool stochastic_rounding) -> ()",
+    "child_update",
+    "adamw_",
+)
+_triton_sgd_ = _triton.operator(
+    "_child_sgd_triton_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] steps, "
+    f"{_LISTS}, {_SHARED}, float momentum, float dampening, bool nesterov, float? reserve_p, float max_grad_norm, "
+    "int seed, str where, str decay, bool maximize, bool stochastic_rounding) -> ()",
+    "child_update",
+    "sgd_",
+)
+_triton_square_sum = _triton.operator(
+    "_child_square_sum_triton(Tensor[] grads) -> Tensor", "child_update", "square_sum"
+)
+_SUFFIXES = ["_triton"]
 
 if _extension._C is not None:
     _adamw_ = torch.ops.pykernels._child_adamw_.default
     _sgd_ = torch.ops.pykernels._child_sgd_.default
     _square_sum = torch.ops.pykernels._child_square_sum.default
+    _SUFFIXES += [""]
 
-    @torch.library.register_fake("pykernels::_child_square_sum")
-    def _(grads: Sequence[Tensor]) -> Tensor:
-        return grads[0].new_empty((), dtype=torch.float64)
 
-    @torch.library.register_fake("pykernels::_child_adamw_")
-    @torch.library.register_fake("pykernels::_child_sgd_")
-    def _(*arguments: Any) -> None:
-        return None
+def _square_sum_fake(grads: Sequence[Tensor]) -> Tensor:
+    return grads[0].new_empty((), dtype=torch.float64)
+
+
+def _update_fake(*arguments: Any) -> None:
+    return None
+
+
+for _suffix in _SUFFIXES:
+    torch.library.register_fake(f"pykernels::_child_square_sum{_suffix}", _square_sum_fake)
+    torch.library.register_fake(f"pykernels::_child_adamw{_suffix}_", _update_fake)
+    torch.library.register_fake(f"pykernels::_child_sgd{_suffix}_", _update_fake)
 
 
 Tensors = Sequence[Tensor]
@@ -268,3 +297,21 @@ def sgd_ref_(
 def square_sum_ref(grads: Tensors) -> Tensor:
     """The sum of all squares, 0-d float64."""
     return torch.stack([g.double().square().sum() for g in grads]).sum()
+
+
+# --- backends ---
+
+
+def adamw_of(backend: str) -> Callable[..., None]:
+    """The step of AdamW on that backend."""
+    return adamw_ref_ if backend == "reference" else _triton_adamw_ if backend == "triton" else _adamw_
+
+
+def sgd_of(backend: str) -> Callable[..., None]:
+    """The step of SGD on that backend."""
+    return sgd_ref_ if backend == "reference" else _triton_sgd_ if backend == "triton" else _sgd_
+
+
+def square_sum_of(backend: str) -> Callable[[Tensors], Tensor]:
+    """The sum of all squares on that backend."""
+    return square_sum_ref if backend == "reference" else _triton_square_sum if backend == "triton" else _square_sum

@@ -145,7 +145,8 @@ def test_raw_operators_check_what_backward_gets(extension: object) -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_named_backend_that_cannot_serve_raises_with_the_reason(name: str) -> None:
-    why = "not built" if name == "triton" or _extension.cuda_reason else "it runs on cuda, and the tensors are on cpu"
+    built = name == "triton" or not _extension.cuda_reason
+    why = "it runs on cuda, and the tensors are on cpu" if built else "not built"
     with pytest.raises(RuntimeError, match=f"^backend: '{name}' cannot serve attention_pool here: {why}"):
         attention_pool(t(1, 2, 4), t(8, 4), t(8), backend=name)
 

@@ -1,5 +1,5 @@
-"""What Triton and its ptxas make of the kernels for GPUs that are not here: spills, shared memory, the instructions that
-multiply. Compiled, in every configuration, as training steps of the operators launch them; nothing is run."""
+"""What Triton and its ptxas make of the kernels for GPUs that are not here: spills, shared memory, the instructions
+that multiply. Compiled, in every configuration, as training steps of the operators launch them; nothing is run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ KNOWN_SPILLS: dict[tuple[str, int, int, str], int] = {
 }
 
 
-def compile_step(name: str, dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch, **form: Any) -> list[Compiled]:
+def compile_step(
+    name: str, dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch, **form: Any
+) -> list[Compiled]:
     """All kernels of a step, every configuration of the tuned ones."""
     operator = OPERATORS[name]
     for kernel in operator.tuned:

@@ -1,4 +1,4 @@
-"""Activation functions in float32, of tl.exp alone: the interpreter and every GPU have it."""
+"""Activation functions in float32, of tl.exp and tl.erf alone: the interpreter and every GPU have them."""
 
 import triton
 import triton.language as tl
@@ -20,3 +20,26 @@ def tanh(x):
 @triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+TANH, SWISH, RELU, GELU = (tl.constexpr(i) for i in range(4))
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """The activation and its slope; what is not used of them costs nothing. NaN stays NaN."""
+    if ACTIVATION == TANH:
+        value = tanh(x)
+        slope = 1.0 - value * value
+    elif ACTIVATION == SWISH:
+        s = sigmoid(x)
+        value = x * s
+        slope = s + value * (1.0 - s)
+    elif ACTIVATION == RELU:
+        value = tl.where(x < 0.0, 0.0, x)
+        slope = tl.where(x > 0.0, 1.0, 0.0)
+    else:
+        cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        value = x * cdf
+        slope = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return value, slope

@@ -270,11 +270,11 @@ def rows_of_sums(out_rows: int) -> int:
     return min(max(triton.cdiv(out_rows // 512, 32) * 32, 32), 1024)
 
 
-def rows_of_splits(call: Call) -> int:
-    """Rows of one part of dweight: enough parts to occupy a large device, of at least 256 rows."""
-    tiles = call.taps * 2 * call.width * call.c_in // (128 * 64) + 1
+def rows_of_splits(rows: int, elements: int) -> int:
+    """Rows of one part of a weight's gradient of that size: enough parts to occupy a large device, of at least 256."""
+    tiles = elements // (128 * 64) + 1
     parts = min(max(512 // tiles, 1), 128)
-    return max(256, triton.cdiv(triton.cdiv(call.out_rows, parts), 64) * 64)
+    return max(256, triton.cdiv(triton.cdiv(rows, parts), 64) * 64)
 
 
 def launch_gate(call: Call, dy: Tensor, saved: Tensor, dcond: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -318,7 +318,7 @@ def launch_input(call: Call, dh: Tensor, weight: Tensor, gate_weight: Tensor | N
 
 
 def launch_weight(call: Call, dh: Tensor, value_to: Tensor | None, gate_to: Tensor | None) -> None:
-    split_rows = rows_of_splits(call)
+    split_rows = rows_of_splits(call.out_rows, call.taps * 2 * call.width * call.c_in)
     splits = triton.cdiv(call.out_rows, split_rows)
     parts = call.x.new_empty(splits, call.taps, 2 * call.width, call.c_in, dtype=torch.float32)
 

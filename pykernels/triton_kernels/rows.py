@@ -53,6 +53,12 @@ def batch_of(x: Tensor, mask: Tensor | None, lengths: Tensor | None, cu_seqlens:
     return Batch(PACKED.value, bounds, None, sequence_of_row, sequences, rows, 0)
 
 
+def checkable(t: Tensor | None) -> Tensor | None:
+    """A mask, lengths or boundaries as checks may look at them: values on a GPU would have to be waited for, and the
+    meta device has none."""
+    return t.to("meta") if isinstance(t, Tensor) and t.is_cuda else t
+
+
 @triton.jit(do_not_specialize=["rows", "sequences", "steps"])
 def _find_sequences(bounds, sequence_of_row, rows, sequences, steps, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -67,7 +73,7 @@ def _find_sequences(bounds, sequence_of_row, rows, sequences, steps, BLOCK: tl.c
 
 
 @triton.jit
-def _cut(value, low, high):
+def cut(value, low, high):
     return tl.minimum(tl.maximum(value, low), high).to(tl.int32)
 
 
@@ -78,15 +84,15 @@ def place_of(row, inside, length, bounds, sequence_of_row, x_rows, x_length, ROW
     """
     if ROWS == PACKED:
         sequence = tl.load(sequence_of_row + row, mask=inside, other=0)
-        first = _cut(tl.load(bounds + sequence, mask=inside, other=0), 0, x_rows)
-        live = _cut(tl.load(bounds + sequence + 1, mask=inside, other=0), first, x_rows) - first
+        first = cut(tl.load(bounds + sequence, mask=inside, other=0), 0, x_rows)
+        live = cut(tl.load(bounds + sequence + 1, mask=inside, other=0), first, x_rows) - first
         t = row - first
     else:
         sequence = row // length
         t = row - sequence * length
         first = tl.zeros_like(row)
         if ROWS == LENGTHS:
-            live = _cut(tl.load(bounds + sequence, mask=inside, other=0), 0, x_length)
+            live = cut(tl.load(bounds + sequence, mask=inside, other=0), 0, x_length)
         else:
             live = first + x_length
     return sequence, t, first, live
@@ -104,4 +110,4 @@ def exists(t, inside, sequence, live, mask, x_length, ROWS: tl.constexpr):
 @triton.jit
 def tap_offset(tap, dilation, left, x_rows):
     """By how many rows a tap reads away from its output's row; cut off where no row could be, so that 32 bits do."""
-    return _cut(tap.to(tl.int64) * dilation - left, -x_rows, x_rows)
+    return cut(tap.to(tl.int64) * dilation - left, -x_rows, x_rows)
