@@ -7,7 +7,8 @@ features. Critics give logits: D = sigmoid(logit), so -log D = softplus(-logit) 
 model takes any networks of the shapes it names; `generative.generative_model` builds the default ones.
 
 All four train alike: `train_step(optimizer, x)`, with one optimizer over all parameters. A step of the critic leaves
-the others without gradients, and the reverse, so that the optimizer passes over them.
+the others without gradients, and the reverse, so that the optimizer passes over them. What a critic's loss takes as
+given is detached, not computed under no_grad: autocast would keep weights rounded there, which have no gradients.
 """
 
 from __future__ import annotations
@@ -195,8 +196,7 @@ class GAN(_Generative):
         for x in batches:
             critic = _update(optimizer, self.critic_loss(x, self.prior(len(x))), self.critic.parameters())
         phase = [self.prior(len(x)) for x in batches]
-        with torch.no_grad():
-            before = [self.generator(z) for z in phase]
+        before = [self.generator(z).detach() for z in phase]
         for z, old in zip(phase, before, strict=True):
             for _ in range(self.generator_steps):
                 generator = _update(optimizer, self.generator_loss(z, old), self.generator.parameters())
@@ -288,8 +288,7 @@ class ALI(_Generative):
         return self.critic(x, inferred), self.critic(self.generator(z), z)
 
     def critic_loss(self, x: Tensor, z: Tensor) -> Tensor:
-        with torch.no_grad():
-            inferred, generated = reparameterised(*self.encode(x)), self.generator(z)
+        inferred, generated = reparameterised(*self.encode(x)).detach(), self.generator(z).detach()
         return critic_loss(self.critic(x, inferred), self.critic(generated, z))
 
     def generator_loss(self, x: Tensor, z: Tensor) -> Tensor:
