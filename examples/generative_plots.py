@@ -23,9 +23,9 @@ def save_grid(images: Tensor, path: Path, columns: int = 10) -> None:
 
 
 def draw_scores(found: Mapping[str, Sequence[Mapping[str, Any]]], floor: float, path: Path) -> None:
-    """Frechet distance and effective modes against the step: the mean over seeds, each seed, by name of the model."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(12, 4.5))
-    for axis, name in zip(axes, ("frechet", "effective"), strict=True):
+    """Frechet distance and modes, counted both ways, against the step: by name of the model, mean and each seed."""
+    figure, axes = pyplot().subplots(1, 3, figsize=(15, 4.5))
+    for axis, name in zip(axes, ("frechet", "modes", "effective"), strict=True):
         for model, runs in found.items():
             # Runs of the same schedule are rated after the same steps; one that is longer is cut.
             by_step = list(zip(*(run["history"] for run in runs), strict=False))
@@ -40,5 +40,6 @@ def draw_scores(found: Mapping[str, Sequence[Mapping[str, Any]]], floor: float, 
     axes[0].axhline(floor, color="gray", linestyle=":", linewidth=1)
     axes[0].set_yscale("log")
     axes[0].set_ylabel("Frechet distance (dotted: of real images)")
-    axes[1].set_ylabel("effective modes, of 10")
+    axes[1].set_ylabel("modes, of 10")
+    axes[2].set_ylabel("effective modes, of 10")
     save(figure, path)

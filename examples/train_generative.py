@@ -32,7 +32,7 @@ from kit.example import run_example
 from kit.options import Options
 from kit.progress import Progress
 from kit.results import Results, spread
-from kit.run import Run
+from kit.run import Refused, Run
 from kit.stop import Stop, Stopped
 from kit.training import Diverged
 from pykernels.models import GenerativeConfig, generative_model, save_generative
@@ -110,7 +110,7 @@ class TrainConfig(Options):
     def schedule(self, model: str, images: int) -> tuple[int, int]:
         """Batches of a step, and steps of an epoch."""
         batches = self.critic_batches if model.startswith("gan") else 1
-        return batches, max(1, min(images, self.limit or images) // (self.batch_size * batches))
+        return batches, min(images, self.limit or images) // (self.batch_size * batches)
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast("cpu", torch.bfloat16) if self.dtype == "bf16" else nullcontext()
@@ -236,10 +236,14 @@ def table(found: dict[str, list[dict[str, Any]]], judge: Judge) -> str:
 
 def work(config: TrainConfig) -> int:
     out, digits = Path(config.out), load(Path(config.data))
+    steps = {model: config.schedule(model, len(digits.train))[1] * config.epochs for model in config.models}
+    if short := next((model for model in config.models if not steps[model]), None):
+        wanted = config.batch_size * config.schedule(short, 0)[0]
+        given = min(len(digits.train), config.limit or len(digits.train))
+        raise Refused(f"expected {wanted} images or more, as a step of {short} takes, got {given}: see --limit")
     results = Results(out, config, config.resume)
     pieces = [(model, config.seed + i) for i in range(config.seeds) for model in config.models]
     found: dict[str, list[dict[str, Any]]] = {model: [] for model in config.models}
-    steps = {model: config.schedule(model, len(digits.train))[1] * config.epochs for model in config.models}
     total = config.seeds * sum(steps.values())
     with Stop() as stop, Progress(total, every=config.log_seconds, quiet=config.quiet) as progress:
         judge = Judge(digits, out, config.classifier_epochs, config.samples, progress, stop)

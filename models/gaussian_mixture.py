@@ -45,6 +45,12 @@ class GaussianMixture(nn.Module):
             raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
         return x.to(self.means.dtype)
 
+    def _some(self, x: Tensor) -> Tensor:
+        x = self._checked(x)
+        if not len(x):
+            raise ValueError("x: expected one sample or more, got none")
+        return x
+
     def log_joint(self, x: Tensor) -> Tensor:
         """log q(x, z) [N, K] of x [N, D] in any floating-point dtype."""
         x = self._checked(x)
@@ -65,7 +71,7 @@ class GaussianMixture(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor) -> Tensor:
         """One E and one M step; the mean log-likelihood before them. It never falls, but for `least_variance`."""
-        x, log_joint = self._checked(x), self.log_joint(x)
+        x, log_joint = self._some(x), self.log_joint(x)
         p = log_joint.softmax(-1)
         counts = p.sum(0)
         lives = (counts > torch.finfo(p.dtype).tiny).unsqueeze(-1)
@@ -82,9 +88,7 @@ class GaussianMixture(nn.Module):
     def initialise(self, x: Tensor) -> None:
         """Means by k-means++: each a sample drawn with probability proportional to its distance squared to the nearest
         one before; the variances of all x, equal weights. Draws from PyTorch's generator."""
-        x = self._checked(x)
-        if not len(x):
-            raise ValueError("x: expected one sample or more, got none")
+        x = self._some(x)
         distances = torch.ones(len(x), dtype=x.dtype, device=x.device)
         for k in range(len(self.means)):
             self.means[k] = x[torch.multinomial(distances, 1).item()]
@@ -97,6 +101,8 @@ class GaussianMixture(nn.Module):
 
     def fit(self, x: Tensor, steps: int = 100, tolerance: float = 1e-6) -> list[float]:
         """Initial values, then steps until the mean log-likelihood rises by less than the tolerance; its values."""
+        if steps < 1:
+            raise ValueError(f"steps: expected 1 or more, got {steps}")
         self.initialise(x)
         values: list[float] = []
         for _ in range(steps):

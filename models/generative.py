@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from .files import save_tensors
 from .variational import AAE, ALI, GAN, LIKELIHOODS, OBJECTIVES, VAE
 from .variational_networks import (
+    OUTPUTS,
     ImageGenerator,
     ImageTrunk,
     JointCritic,
@@ -36,8 +38,9 @@ class GenerativeConfig:
 
     model: vae, gan, aae or ali. networks: image, for x [B, *shape] with shape (C, H, W), or sequence, with (L, C).
     layers: convolutions of x's trunk and of the generator. hidden: of the critics of z, and of x and z.
-    batch_norm: of images. The others are arguments of the models: regulariser and generator_steps of the GAN,
-    reconstruction of the AAE, objective of ALI, likelihood of the VAE.
+    output: of the generator, tanh for x in [-1, 1] or none for x without bounds (embedded text); the VAE's is its
+    likelihood's. batch_norm: of images. The others are arguments of the models: regulariser and generator_steps of
+    the GAN, reconstruction of the AAE, objective of ALI, likelihood of the VAE.
     """
 
     model: str = "gan"
@@ -47,6 +50,7 @@ class GenerativeConfig:
     width: int = 64
     layers: int = 4
     hidden: int = 256
+    output: str = "tanh"
     batch_norm: bool = True
     regulariser: float = 5.0
     generator_steps: int = 2
@@ -56,7 +60,8 @@ class GenerativeConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))  # JSON makes a list of it
-        known = {"model": MODELS, "networks": ("image", "sequence"), "objective": OBJECTIVES, "likelihood": LIKELIHOODS}
+        known: dict[str, Collection[str]] = {"model": MODELS, "networks": ("image", "sequence"), "output": OUTPUTS}
+        known |= {"objective": OBJECTIVES, "likelihood": LIKELIHOODS}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -70,7 +75,7 @@ class GenerativeConfig:
 
 def generative_model(config: GenerativeConfig, *, backend: str | None = None) -> Generative:
     """A new model, whose `config` is this one. backend: of the operators in sequence networks."""
-    c, output = config, "none" if config.model == "vae" else "tanh"
+    c, output = config, "none" if config.model == "vae" else config.output
     sizes: Any = (c.width, c.layers)
     image = c.networks == "image"
     options: dict[str, Any] = {"batch_norm": c.batch_norm} if image else {"backend": backend}
@@ -108,15 +113,18 @@ def save_generative(path: Path, model: Generative) -> None:
 
 def load_generative(path: Path, *, backend: str | None = None) -> Generative:
     """What `save_generative` wrote, in evaluation mode. Raises FileNotFoundError, or ValueError for another file."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected the file of a trained model")
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-        if "config" not in about:
-            raise ValueError(f"{path}: no file of a generative model: it lacks a configuration")
-        weights: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    model = generative_model(GenerativeConfig(**json.loads(about["config"])), backend=backend)
-    model.load_state_dict(weights)
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
+            weights: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model = generative_model(GenerativeConfig(**config), backend=backend)
+        model.load_state_dict(weights)
+    except KeyError:
+        raise ValueError(f"{path}: no file of a generative model: it lacks a configuration") from None
+    except (SafetensorError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: no file of a generative model: {error}") from None
     return model.eval()

@@ -51,9 +51,9 @@ def reparameterised(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def _update(optimizer: Optimizer, loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A step of these parameters alone."""
+    """A step of these parameters alone, of those that are not frozen."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward(inputs=list(parameters))
+    loss.backward(inputs=[p for p in parameters if p.requires_grad])
     optimizer.step()
     torch.clear_autocast_cache()  # of rounded weights, which would be used for the next loss in the same context
     return loss.detach()

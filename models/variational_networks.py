@@ -1,6 +1,6 @@
 """The networks of the variational models: for images those of the article, for sequences of gated convolutions.
 
-A trunk turns x into features [B, F], a generator z [B, Z] into x; `joint_critic` is what ALI needs besides.
+A trunk turns x into features [B, F], a generator z [B, Z] into x; `JointCritic` is what ALI needs besides.
 
 Images [B, C, H, W], after the code of https://kexue.fm/archives/5716, which is for 3 x 64 x 64 with width 64 and 4
 layers: convolutions of 5 x 5 taps and stride 2, widths doubling downwards, leaky ReLU (0.2), batch normalisation from
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pykernels import AttentionPool, GatedConv1d
 
 KERNEL, STRIDE, SLOPE = 5, 2, 0.2
-HEADS = 4
+HEADS = 8
 OUTPUTS = ("tanh", "none")
 
 
@@ -151,15 +151,16 @@ def _gated_stack(width: int, dilations: list[int], backend: str | None) -> nn.Se
 
 
 class SequenceTrunk(nn.Module):
-    """[B, L, C] -> [B, features]: the positions are learned, dilations 1, 2, 4, ..."""
+    """[B, L, C] -> [B, features]: positions are learned, as large as the embedding; dilations 1, 2, 4, ..."""
 
     def __init__(self, shape: tuple[int, int], width: int, layers: int, *, backend: str | None = None) -> None:
         super().__init__()
         self.shape, self.features = shape, HEADS * width
         self.embedding = nn.Linear(shape[1], width)
-        self.positions = nn.Parameter(0.02 * torch.randn(shape[0], width))
+        self.positions = nn.Parameter(torch.randn(shape[0], width))
         self.blocks = _gated_stack(width, [1 << i for i in range(layers)], backend)
         self.pool = AttentionPool(width, width, HEADS, backend=backend)
+        nn.init.normal_(self.pool.query)  # heads that begin near the mean of all positions are slow to part
 
     def forward(self, x: Tensor) -> Tensor:
         check_input("x", x, self.shape)

@@ -144,6 +144,29 @@ def test_shapes_gradients_and_training(model: str, networks: str) -> None:
     assert all(not torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
+def test_embedded_text_has_no_bounds() -> None:
+    """output="none" reaches values that tanh cannot: an AAE reconstructs word vectors of length 3."""
+    torch.manual_seed(0)
+    words = 3 * F.normalize(torch.randn(4, 5), dim=1)
+    x = words[torch.randint(4, (32, 7))]
+    errors = {}
+    for output in ("none", "tanh"):
+        torch.manual_seed(1)
+        net = generative_model(GenerativeConfig("aae", "sequence", (7, 5), 8, 16, 2, 16, output))
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        errors[output] = [net.train_step(optimizer, x)["reconstruction"].item() for _ in range(150)]
+    assert errors["none"][-1] < 0.5 * errors["none"][0] and errors["none"][-1] < errors["tanh"][-1]
+
+
+def test_frozen_parameters_stay() -> None:
+    net = generative_model(small("vae", "sequence"))
+    net.encoder.requires_grad_(False)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    net.train_step(torch.optim.Adam(net.parameters(), lr=0.1), batch("sequence"))
+    for name, p in net.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("encoder"), name
+
+
 @pytest.mark.parametrize(("model", "networks"), CASES)
 def test_saved_and_loaded(model: str, networks: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -206,7 +229,7 @@ def test_autocast_uses_the_weights_of_the_last_step() -> None:
     assert moved[0] == pytest.approx(moved[1], rel=0.01)
 
 
-@pytest.mark.parametrize(("model", "networks"), CASES)
+@pytest.mark.parametrize(("model", "networks"), [("vae", "image"), *CASES[3:5], ("ali", "sequence")])
 def test_compiled_losses_are_those_of_eager(model: str, networks: str, forget_compiled: None) -> None:
     torch.manual_seed(0)
     net, x = generative_model(small(model, networks)), batch(networks)
@@ -259,6 +282,8 @@ def test_wrong_configurations_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="objective: expected one of article, .*, got 'x'"):
         GenerativeConfig(objective="x")
     with pytest.raises(ValueError, match="output: expected one of tanh, none, got 'relu'"):
+        GenerativeConfig(output="relu")
+    with pytest.raises(ValueError, match="output: expected one of tanh, none, got 'relu'"):
         ImageGenerator((1, 8, 8), 3, 4, 1, output="relu")
     joint = JointCritic(ImageTrunk((1, 8, 8), 4, 2), 3, 8)
     with pytest.raises(ValueError, match="z: expected 2 rows, as x has, got 3"):
@@ -267,6 +292,15 @@ def test_wrong_configurations_and_files_are_named(tmp_path: Path) -> None:
         load_generative(tmp_path / "nothing.safetensors")
     from safetensors.torch import save_file
 
-    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    path = tmp_path / "other.safetensors"
+    config = json.dumps(asdict(small("gan", "image")))
+    save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="no file of a generative model: it lacks a configuration"):
-        load_generative(tmp_path / "other.safetensors")
+        load_generative(path)
+    for about, reason in (({"size": 1}, "unexpected keyword argument 'size'"), (json.loads(config), "Missing key")):
+        save_file({"a": torch.zeros(1)}, path, {"config": json.dumps(about)})
+        with pytest.raises(ValueError, match=f"(?s)no file of a generative model: .*{reason}"):
+            load_generative(path)
+    path.write_text("text")
+    with pytest.raises(ValueError, match="no file of a generative model: "):
+        load_generative(path)

@@ -127,6 +127,10 @@ def test_em_refuses_other_inputs() -> None:
         GaussianMixture(0, 3)
     with pytest.raises(ValueError, match="x: expected one sample or more, got none"):
         model.fit(torch.zeros(0, 3))
+    with pytest.raises(ValueError, match="x: expected one sample or more, got none"):
+        model.step(torch.zeros(0, 3))
+    with pytest.raises(ValueError, match="steps: expected 1 or more, got 0"):
+        model.fit(torch.zeros(4, 3), steps=0)
 
 
 # --- VAE ---
