@@ -91,7 +91,7 @@ class GaussianMixture(nn.Module):
         x = self._some(x)
         distances = torch.ones(len(x), dtype=x.dtype, device=x.device)
         for k in range(len(self.means)):
-            self.means[k] = x[torch.multinomial(distances, 1).item()]
+            self.means[k] = x[torch.multinomial(distances, 1)][0]
             nearest = (x - self.means[k]).square().sum(-1)
             distances = nearest if k == 0 else torch.minimum(distances, nearest)
             if not distances.sum() > 0:

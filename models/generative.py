@@ -108,6 +108,8 @@ def generative_model(config: GenerativeConfig, *, backend: str | None = None) ->
 
 def save_generative(path: Path, model: Generative) -> None:
     """A safetensors file with the configuration in it; `model` is one of `generative_model`."""
+    if model.config is None:
+        raise ValueError(f"model: expected one that generative_model made, got {type(model).__name__} without a config")
     save_tensors(path, model.state_dict(), {"config": json.dumps(asdict(model.config))})
 
 

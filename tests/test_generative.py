@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pykernels.models import GenerativeConfig, generative_model, load_generative, save_generative
+from pykernels.models import GAN, GenerativeConfig, generative_model, load_generative, save_generative
 from pykernels.models.generative import Generative
 from pykernels.models.variational_networks import (
     DoublingConv2d,
@@ -288,6 +288,8 @@ def test_wrong_configurations_and_files_are_named(tmp_path: Path) -> None:
     joint = JointCritic(ImageTrunk((1, 8, 8), 4, 2), 3, 8)
     with pytest.raises(ValueError, match="z: expected 2 rows, as x has, got 3"):
         joint(torch.zeros(2, 1, 8, 8), torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="model: expected one that generative_model made, got GAN without a config"):
+        save_generative(tmp_path / "own.safetensors", GAN(nn.Linear(3, 4), nn.Linear(4, 1), 3))
     with pytest.raises(FileNotFoundError, match="nothing.safetensors does not exist"):
         load_generative(tmp_path / "nothing.safetensors")
     from safetensors.torch import save_file
