@@ -76,20 +76,20 @@ class GenerativeConfig:
 def generative_model(config: GenerativeConfig, *, backend: str | None = None) -> Generative:
     """A new model, whose `config` is this one. backend: of the operators in sequence networks."""
     c, output = config, "none" if config.model == "vae" else config.output
-    sizes: Any = (c.width, c.layers)
+    shape: Any = c.shape  # of the length that the networks want: the configuration has checked it
     image = c.networks == "image"
     options: dict[str, Any] = {"batch_norm": c.batch_norm} if image else {"backend": backend}
     Trunk, Generator = (ImageTrunk, ImageGenerator) if image else (SequenceTrunk, SequenceGenerator)
 
     def of_x(outputs: int) -> nn.Sequential:
         """A network of x that gives so many values."""
-        trunk = Trunk(c.shape, *sizes, **options)
+        trunk = Trunk(shape, c.width, c.layers, **options)
         last = nn.Linear(trunk.features, outputs)
         nn.init.normal_(last.weight, std=0.02)
         nn.init.zeros_(last.bias)
         return nn.Sequential(trunk, last)
 
-    generator = Generator(c.shape, c.latent, *sizes, output=output, **options)
+    generator = Generator(shape, c.latent, c.width, c.layers, output=output, **options)
     model: Generative
     if c.model == "vae":
         model = VAE(of_x(2 * c.latent), generator, c.latent, likelihood=c.likelihood)
@@ -100,7 +100,7 @@ def generative_model(config: GenerativeConfig, *, backend: str | None = None) ->
         critic = latent_critic(c.latent, c.hidden)
         model = AAE(of_x(c.latent), generator, critic, c.latent, reconstruction=c.reconstruction)
     else:
-        joint = JointCritic(Trunk(c.shape, *sizes, **options), c.latent, c.hidden)
+        joint = JointCritic(Trunk(shape, c.width, c.layers, **options), c.latent, c.hidden)
         model = ALI(of_x(2 * c.latent), generator, joint, c.latent, objective=c.objective)
     model.config = config
     return model
