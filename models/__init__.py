@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from .dgcnn_extractor import DGCNNExtractor, DGCNNExtractorConfig
 from .dgcnn_reader import DGCNNReader, DGCNNReaderConfig
 from .dgcnn_reader_2018 import DGCNNReader2018, DGCNNReader2018Config
+from .gaussian_mixture import GaussianMixture
+from .generative import GenerativeConfig, generative_model, load_generative, save_generative
+from .variational import AAE, ALI, GAN, VAE
 
 if TYPE_CHECKING:
     from .cdial_gpt import CDialGPT, CDialGPTConfig
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from .nezha import NezhaConfig, NezhaDialog
 
 __all__ = [
+    "AAE",
+    "ALI",
     "CDialGPT",
     "CDialGPTConfig",
     "DGCNNExtractor",
@@ -27,10 +32,17 @@ __all__ = [
     "DGCNNReader2018",
     "DGCNNReader2018Config",
     "DGCNNReaderConfig",
+    "GAN",
     "GPT2ML",
     "GPT2MLConfig",
+    "GaussianMixture",
+    "GenerativeConfig",
     "NezhaConfig",
     "NezhaDialog",
+    "VAE",
+    "generative_model",
+    "load_generative",
+    "save_generative",
 ]
 
 _LAZY = {"CDialGPT": "cdial_gpt", "GPT2ML": "gpt2_ml", "Nezha": "nezha"}
