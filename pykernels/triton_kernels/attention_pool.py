@@ -355,9 +355,9 @@ class Call(NamedTuple):
 def call_of(x, weight, query, bias, gate_weight, gate_bias, mask, lengths, cu_seqlens, activation,
             return_scores) -> Call:  # fmt: skip
     """Checks the arguments of the raw operators, which are those of pykernels._checks.check_attention_pool."""
-    told = [rows.checkable(t) for t in (mask, lengths, cu_seqlens)]
+    told = rows.checkable(mask, lengths, cu_seqlens)
     out_shape, score_shape = check_attention_pool(
-        x, weight, query, bias, gate_weight, gate_bias, *told, activation, return_scores
+        x, weight, query, bias, gate_weight, gate_bias, told[0], told[1], told[2], activation, return_scores
     )
     batch = rows.batch_of(x, mask, lengths, cu_seqlens)
     if cu_seqlens is None:

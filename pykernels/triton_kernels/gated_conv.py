@@ -166,10 +166,10 @@ class Call(NamedTuple):
 def call_of(x, weight, bias, gate_weight, gate_bias, cond, mask, lengths, cu_seqlens, seed, dilation, padding, residual,
             value_act, split, gate_dropout, gate_noise) -> Call:  # fmt: skip
     """Checks the arguments of the raw operators, which are those of pykernels._checks.check_gated_conv1d."""
-    told = [rows.checkable(t) for t in (mask, lengths, cu_seqlens)]
+    told = rows.checkable(mask, lengths, cu_seqlens)
     shape = check_gated_conv1d(
-        x, weight, bias, gate_weight, gate_bias, cond, *told, seed, dilation, padding, residual, value_act, split,
-        gate_dropout, gate_noise,
+        x, weight, bias, gate_weight, gate_bias, cond, told[0], told[1], told[2], seed, dilation, padding, residual,
+        value_act, split, gate_dropout, gate_noise,
     )  # fmt: skip
     c_out, taps = shape[-1], weight.shape[2]
     reach = dilation * (taps - 1)

@@ -216,7 +216,7 @@ class Call(NamedTuple):
     weight: Tensor  # [outputs, inputs]
     lora_a: Tensor  # [E, R, inputs]
     lora_b: Tensor  # [E, outputs, R]
-    index: Tensor | None
+    adapter_index: Tensor | None
     rows_per_index: int
     scale: float
     scales: Tensor | None  # float32
@@ -255,7 +255,7 @@ class Call(NamedTuple):
 
     def of_rows(self) -> tuple[Tensor | None, int, int]:
         """What kernels take: index, rows_per_index, adapters."""
-        return self.index, self.rows_per_index, self.lora_a.shape[0]
+        return self.adapter_index, self.rows_per_index, self.lora_a.shape[0]
 
     def bits(self) -> tuple[int, int, int, int]:
         """What kernels take: seed_low, seed_high, stream, threshold."""
@@ -286,7 +286,7 @@ def call_of(x, weight, lora_a, lora_b, bias, scales, adapter_index, seed, scale,
         weight=weight,
         lora_a=lora_a,
         lora_b=lora_b,
-        index=index,
+        adapter_index=index,
         rows_per_index=rows_per_index,
         scale=float(scale),
         scales=None if scales is None else scales.to(torch.float32).contiguous(),

@@ -53,10 +53,10 @@ def batch_of(x: Tensor, mask: Tensor | None, lengths: Tensor | None, cu_seqlens:
     return Batch(PACKED.value, bounds, None, sequence_of_row, sequences, rows, 0)
 
 
-def checkable(t: Tensor | None) -> Tensor | None:
-    """A mask, lengths or boundaries as checks may look at them: values on a GPU would have to be waited for, and the
+def checkable(*given: Tensor | None) -> list[Tensor | None]:
+    """A mask, lengths and boundaries as checks may look at them: values on a GPU would have to be waited for, and the
     meta device has none."""
-    return t.to("meta") if isinstance(t, Tensor) and t.is_cuda else t
+    return [t.to("meta") if isinstance(t, Tensor) and t.is_cuda else t for t in given]
 
 
 @triton.jit(do_not_specialize=["rows", "sequences", "steps"])
