@@ -90,9 +90,9 @@ def lora_few_sums(
         for slot0 in range(0, rank, BLOCK_R):
             slot = slot0 + tl.arange(0, BLOCK_R)
             slots = slot < rank
-            at = (low_split[:, None] * rows + row[None, :])[:, :, None] * rank + slot[None, None, :]
-            given = ((low_split < low_splits)[:, None] & inside[None, :])[:, :, None] & slots[None, None, :]
-            v = tl.sum(tl.load(low_parts + at, mask=given, other=0.0), 0) * multiplier
+            low_at = (low_split[:, None] * rows + row[None, :])[:, :, None] * rank + slot[None, None, :]
+            low_given = ((low_split < low_splits)[:, None] & inside[None, :])[:, :, None] & slots[None, None, :]
+            v = tl.sum(tl.load(low_parts + low_at, mask=low_given, other=0.0), 0) * multiplier
             first = tl.program_id(0) == 0
             tl.store(s + row[:, None] * rank + slot[None, :], v, mask=inside[:, None] & slots[None, :] & first)
             f = tl.load(
