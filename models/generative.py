@@ -85,8 +85,9 @@ def generative_model(config: GenerativeConfig, *, backend: str | None = None) ->
         """A network of x that gives so many values."""
         trunk = Trunk(shape, c.width, c.layers, **options)
         last = nn.Linear(trunk.features, outputs)
-        nn.init.normal_(last.weight, std=0.02)
-        nn.init.zeros_(last.bias)
+        if image:  # as the article's; pooled features of sequences are too few and too small for it
+            nn.init.normal_(last.weight, std=0.02)
+            nn.init.zeros_(last.bias)
         return nn.Sequential(trunk, last)
 
     generator = Generator(shape, c.latent, c.width, c.layers, output=output, **options)

@@ -153,7 +153,10 @@ def test_vae_of_rows_learns(data: Path, tmp_path: Path) -> None:
     assert train_generative.main(arguments(data, tmp_path, *schedule)) == 0
     losses = [float(row["loss"]) for row in log.read(tmp_path / "vae-1" / "log.csv") if row["loss"]]
     result = json.loads((tmp_path / "results.json").read_text())["vae-1"]
-    assert result["loss"] < 0.75 * losses[0] and result["error"] < 0.03
+    digits = generative_data.load(data)
+    of_mean = ((digits.test / 255 - (digits.train / 255).mean(0)) ** 2).mean().item()
+    # An encoder that tells nothing of x comes as far as the mean image.
+    assert result["loss"] < 0.75 * losses[0] and result["error"] < 0.95 * of_mean
 
 
 @pytest.mark.parametrize("model", ["gan", "ali"])
