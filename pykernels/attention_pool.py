@@ -270,8 +270,8 @@ def attention_pool(
 
     Returns out [B, D], with heads [B, J, D], in x's dtype, or (out, scores). A sequence without rows gives zeros, and
     zero gradients. Unless recompute is False, nothing of the size [B, L, H] is made: backward keeps 4 bytes a score (8
-    for float64) and computes u again; its gradient exists for some rows at a time (16 MB on a CPU, 32 MB on CUDA; with
-    Triton for all of them).
+    for float64) and computes u again; its gradient exists for some rows at a time (16 MB on a CPU, 32 MB on CUDA), with
+    Triton for all of them.
     Equal inputs give equal bits on the CPU kernels, with any number of threads, whatever the sequence is batched with
     and however far it is padded behind; on CUDA too, but for gradients of parameters, which depend on the padding. On
     CUDA float32 is multiplied in tf32 where PyTorch's setting for CUDA matrix products allows it, and values of lengths
