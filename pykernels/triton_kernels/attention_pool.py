@@ -139,9 +139,8 @@ def hidden_products(
     return value, gate
 
 
-@autotuned(
-    (64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 64, 128, 4, 3), (64, 128, 128, 4, 2), (64, 64, 64, 4, 4),
-)  # fmt: skip
+# One width of tiles: a score is a sum over the units of a tile, then over tiles.
+@autotuned((64, 64, 64, 4, 3), (64, 64, 128, 4, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 2))
 @triton.jit(do_not_specialize=["x_rows", "x_length", "sequences", "steps", "heads", "keep", "size_key"])
 def attention_pool_forward(
     x, x_sequence, x_row, x_column, weight, gate_weight, bias, gate_bias, query,
