@@ -99,8 +99,11 @@ def drop(rows: Tensor, p: float) -> Tensor:
 # --- the call ---
 
 
-def takes(x: Any, *layers: Any, others: tuple[Tensor | None, ...] = ()) -> bool:
-    """Whether our operators compute on x and `others` what the layers compute now. Called by every forward: short."""
+def takes(x: Any, *layers: Any, around: tuple[Any, ...] = (), others: tuple[Tensor | None, ...] = ()) -> bool:
+    """Whether our operators compute on x and `others` what the layers compute now. Called by every forward: short.
+
+    around: modules without parameters of their own that are passed over too.
+    """
     if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in FLOATS or x.is_nested:
         return False
     dtypes = {t.dtype for t in others if t is not None}
@@ -108,6 +111,9 @@ def takes(x: Any, *layers: Any, others: tuple[Tensor | None, ...] = ()) -> bool:
         if _hooked(layer) or "forward" in layer.__dict__ or type(layer).forward not in _FORWARDS:
             return False
         dtypes.update([p.dtype for p in layer._parameters.values() if p is not None])
+    for layer in around:
+        if _hooked(layer) or "forward" in layer.__dict__:
+            return False
     if not torch.compiler.is_compiling():
         if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
             return False

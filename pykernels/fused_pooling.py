@@ -17,7 +17,8 @@ _ACTIVATIONS: dict[type, str] = {nn.Tanh: "tanh", nn.ReLU: "relu", nn.GELU: "gel
 def forward(layer: Any, own: Callable[..., Any], X: Tensor, mask: Any = None, return_att: bool = False) -> Any:
     """AttentionPool of torchmil. A bag without instances gives zeros, where the package's softmax gives NaN."""
     linears = [layer.fc1.module, layer.fc2, *([layer.fc_gated.module] if layer.gated else [])]
-    if not takes(X, *linears) or X.shape[1] == 0 or not (mask is None or _is_mask(mask, X)):
+    around = layer.fc1, layer.act_layer, *((layer.fc_gated, layer.act_gated) if layer.gated else ())
+    if not takes(X, *linears, around=around) or X.shape[1] == 0 or not (mask is None or _is_mask(mask, X)):
         return own(X, mask, return_att)
     options: dict[str, Any] = {"bias": linears[0].bias, "activation": _ACTIVATIONS[type(layer.act_layer)]}
     if layer.gated:
@@ -42,19 +43,17 @@ def _is_mask(mask: Any, X: Tensor) -> bool:
 def check(layer: Any) -> str:
     if type(layer.act_layer) not in _ACTIVATIONS or getattr(layer.act_layer, "approximate", "none") != "none":
         return f"act_layer: {layer.act_layer}"
-    activations = [("act_layer", layer.act_layer)]
-    named = [("fc1", layer.fc1), ("fc2", layer.fc2)]
+    named = [("act_layer", layer.act_layer), ("fc1", layer.fc1)]
     if layer.gated:
         if type(layer.act_gated) is not nn.Sigmoid:
             return f"act_gated: {layer.act_gated}"
-        activations.append(("act_gated", layer.act_gated))
-        named.append(("fc_gated", layer.fc_gated))
-    for name, module in (*activations, *named):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"{name}: hooks or a forward of its own, which would not be called"
+        named += [("act_gated", layer.act_gated), ("fc_gated", layer.fc_gated)]
     for name, module in named:
-        inner = module if name == "fc2" else getattr(module, "module", None)
-        if what := unserved_layer(inner, nn.Linear, name):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{name}: hooks, which would not be called, or another forward"
+    linears = [("fc2", layer.fc2), *((name, getattr(m, "module", None)) for name, m in named if name.startswith("fc"))]
+    for name, linear in linears:
+        if what := unserved_layer(linear, nn.Linear, name):
             return what
     if layer.fc2.bias is not None or layer.fc2.out_features != 1:
         return f"fc2: {layer.fc2} where one output without a bias was expected"

@@ -46,6 +46,10 @@ def _fits(cond: Any, x: Tensor) -> bool:
     )
 
 
+def _floating(mask: Tensor) -> Tensor | None:
+    return mask if mask.is_floating_point() else None
+
+
 def _unserved_dropout(layer: Any, name: str) -> str:
     if type(layer) is not nn.Dropout or layer._forward_hooks or layer._forward_pre_hooks:
         return f"{name}: {type(layer).__name__}, or hooks, where Dropout was expected"
@@ -61,8 +65,8 @@ def _vits(layer: Any, own: Own, args: tuple[Any, ...], dropout: Any, x: Any, mas
     if not (
         isinstance(mask, Tensor)
         and mask.dim() == 3
-        and takes(x, *convs, *mixers, *conditioned, others=(g, mask if mask.is_floating_point() else None))
         and type(dropout) is nn.Dropout
+        and takes(x, *convs, *mixers, *conditioned, around=(dropout,), others=(g, _floating(mask)))
         and (g is None or _fits(g, x))
     ):
         return own(*args)
@@ -124,11 +128,12 @@ def _example_vits(layer: Any, draw: Draw) -> tuple[Any, ...]:
 
 def forward_gluonts(layer: Any, own: Own, x: Tensor) -> tuple[Tensor, Tensor]:
     """CausalDilatedResidualLayer: two convolutions without padding, of the gate and of the value."""
-    gate, value, skip = layer.conv_sigmoid[0], layer.conv_tanh[0], layer.conv_skip
+    (gate, sigmoid), (value, tanh) = (m._modules.values() for m in (layer.conv_sigmoid, layer.conv_tanh))
+    skip, around = layer.conv_skip, (layer.conv_sigmoid, layer.conv_tanh, sigmoid, tanh)
     convs = (gate, value, skip, layer.conv_residual) if layer.return_dense_output else (gate, value, skip)
     first = value.dilation[0] * (value.kernel_size[0] - 1)
     # The convolution refuses inputs that are too short. An exported call has no such branch.
-    if not takes(x, *convs) or not (torch.compiler.is_exporting() or x.shape[2] > first):
+    if not takes(x, *convs, around=around) or not (torch.compiler.is_exporting() or x.shape[2] > first):
         return own(x)
     rows = x.transpose(1, 2)
     options: Any = {"dilation": value.dilation[0], "padding": "valid", "residual": "none", "value_act": "tanh"}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "plain": lambda m: m,
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "plain": lambda m, name="weight": m,
     "weight_norm": nn.utils.weight_norm,
     "parametrized": nn.utils.parametrizations.weight_norm,
 }
@@ -86,13 +86,9 @@ def transformers_vits(p: float = 0.0, speakers: int = 6, norm: str = "parametriz
     config = vits.VitsConfig(
         hidden_size=24, speaker_embedding_size=speakers, wavenet_dilation_rate=2, wavenet_dropout=p
     )
-    layer = vits.VitsWaveNet(config, 3)
-    if norm != "parametrized":
-        convs = [m for m in layer.modules() if isinstance(m, nn.Conv1d)]
-        for conv in convs:
-            nn.utils.parametrize.remove_parametrizations(conv, "weight")
-            NORMS[norm](conv)
-    return layer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.utils.parametrizations, "weight_norm", NORMS[norm])
+        return vits.VitsWaveNet(config, 3)
 
 
 def gluonts_layer(dilation: int = 4, dense: bool = True) -> nn.Module:

@@ -206,15 +206,20 @@ def inner(layer: nn.Module) -> list[nn.Module]:
     return [m for m in layer.modules() if isinstance(m, nn.Conv1d | nn.Linear)]
 
 
+def passed(module: nn.Module) -> bool:
+    """Lists, which nobody calls, and what makes the weight of a convolution."""
+    return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.utils.parametrizations._WeightNorm)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_hooks_and_transforms_run_in_the_own_forward(name: str, calls: list[str]) -> None:
     own, layer, args = make(name), fused(name, calls), inputs(name, torch.float32)
     seen: list[int] = []
-    for i, module in enumerate(inner(layer)):
+    for i, module in enumerate(m for m in layer.modules() if m is not layer and not passed(m)):
         handle = module.register_forward_hook(lambda *_, i=i: seen.append(i))
         with torch.no_grad():
             torch.testing.assert_close(layer(*args), own(*args), rtol=0, atol=0)
-        assert seen == [i] and not calls
+        assert set(seen) == {i} and not calls
         seen.clear()
         handle.remove()
     x = args[0]
