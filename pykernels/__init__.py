@@ -9,7 +9,7 @@ from .attention_pool import AttentionPool, attention_pool
 from .child_tuning import ChildTuningAdamW, ChildTuningSGD
 from .dora_linear import dora_linear
 from .fisher_masks import fisher_masks
-from .fuse import fuse, unfuse
+from .fuse import fuse, register_fusion, unfuse
 from .gated_conv import GatedConv1d, gated_conv1d
 from .gated_conv_step import gated_conv1d_step
 from .lora import LoRALinear
@@ -41,6 +41,7 @@ __all__ = [
     "lora_linear_stacked",
     "loraplus_param_groups",
     "merge_lora",
+    "register_fusion",
     "save_lora",
     "set_backend",
     "unfuse",

@@ -30,6 +30,7 @@ class FusedLinear(Linear):
     take.
     """
 
+    _fused_from = Linear
     # Which parameters and modules these hold is PEFT's affair.
     base_layer: Any
     lora_A: Any
