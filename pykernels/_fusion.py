@@ -136,7 +136,7 @@ def fused_class(cls: Any, forward: Forward) -> type:
             return forward(self, super(made, self).forward, *args, **kwargs)
 
         def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-            return restore, (cls, forward), *super(made, self).__reduce_ex__(protocol)[2:]  # type: ignore[return-value]
+            return restore, (cls, forward), *super(made, self).__reduce_ex__(protocol)[2:]
 
         made: Any = type(
             f"Fused{cls.__name__}",

@@ -101,7 +101,7 @@ def _check_vits(layer: Any, width: int, layers: int, dropout: str) -> str:
     convs, mixers = layer.in_layers, layer.res_skip_layers
     if not 0 < layers == len(convs) == len(mixers):
         return f"{len(convs)} in_layers and {len(mixers)} res_skip_layers where {layers} were expected"
-    named = [(f"in_layers.{i}", conv, None) for i, conv in enumerate(convs)]
+    named: list[tuple[str, Any, int | None]] = [(f"in_layers.{i}", conv, None) for i, conv in enumerate(convs)]
     named += [(f"res_skip_layers.{i}", conv, 1) for i, conv in enumerate(mixers)]
     named += [("cond_layer", layer.cond_layer, 1)] if hasattr(layer, "cond_layer") else []
     for name, conv, size in named:

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests import gated_conv_cases, lora_linear_cases
+from tests import gated_conv_cases
 from tests.helpers import FLOATS
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
-from pykernels.triton_kernels import gated_conv, gated_conv_bwd, lora_linear, lora_linear_bwd, lora_linear_few  # noqa: E402
+from pykernels.triton_kernels import gated_conv, gated_conv_bwd  # noqa: E402
 from tests.triton_compiled import Compiled, compiling  # noqa: E402
 
 # A block's shared memory, by the CUDA programming guide.
@@ -32,21 +32,12 @@ def gated_conv_step(dtype: torch.dtype, **form: Any) -> None:
     gated_conv_cases.evaluate(p.inputs, case.dy, backend="triton", **p.options)
 
 
-def lora_linear_step(dtype: torch.dtype, **form: Any) -> None:
-    """And a forward of one row."""
-    for rows in (128, 1):
-        case = lora_linear_cases.LoraCase(leading=(rows,), K=256, N=256, R=16, **form)
-        p = lora_linear_cases.problem(case, dtype)
-        lora_linear_cases.evaluate(p.inputs, case.dy, **p.options, backend="triton")
-
-
 class Operator(NamedTuple):
     """A training step of sizes that are aligned as models' are, and the kernels that are tuned."""
 
     step: Callable[..., None]
     tuned: tuple[Any, ...]
-    usual: dict[str, Any]
-    others: tuple[dict[str, Any], ...]
+    form: dict[str, Any]
 
 
 OPERATORS = {
@@ -54,18 +45,8 @@ OPERATORS = {
         gated_conv_step,
         (gated_conv.gated_conv_forward, gated_conv_bwd.input_backward, gated_conv_bwd.weight_backward),
         {"rows": "lengths", "residual": "highway"},
-        ({"rows": "mask", "cond": "all", "value_act": "tanh"}, {"rows": "packed", "gate_dropout": 0.1}),
     ),
-    "lora_linear": Operator(
-        lora_linear_step,
-        (
-            lora_linear.lora_shrink, lora_linear.lora_product, lora_linear_few.lora_few_product,
-            lora_linear_bwd.lora_adapter_sums, lora_linear_bwd.lora_weight_sums,
-        ),
-        {},
-        ({"dropout": 0.1, "float_adapters": True}, {"E": 3, "scales": True}),
-    ),
-}  # fmt: skip
+}
 # Bytes, of configurations that others stand beside: kernel, its number, capability, dtype.
 KNOWN_SPILLS: dict[tuple[str, int, int, str], int] = {
     ("gated_conv_forward", 0, 100, "fp32"): 8,
@@ -114,7 +95,7 @@ def assert_fits(compiled: list[Compiled], dtype: str, folder: Path) -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_16_bits(operator: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products by the instructions of the GPU, loads of aligned rows by asynchronous copies of 16 bytes."""
-    compiled = compile_step(operator, "bf16", capability, monkeypatch, **OPERATORS[operator].usual)
+    compiled = compile_step(operator, "bf16", capability, monkeypatch, **OPERATORS[operator].form)
     assert_fits(compiled, "bf16", tmp_path)
     for c in products_of(operator, compiled):
         assert MULTIPLY[capability] in c.ptx, c.name
@@ -125,7 +106,7 @@ def test_16_bits(operator: str, capability: int, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_strict_float32(operator: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tf32 but where the setting asks for it."""
-    compiled = compile_step(operator, "fp32", capability, monkeypatch, **OPERATORS[operator].usual)
+    compiled = compile_step(operator, "fp32", capability, monkeypatch, **OPERATORS[operator].form)
     assert_fits(compiled, "fp32", tmp_path)
     assert not [c.name for c in compiled for word in ("tf32", *PRODUCTS) if word in c.ptx]
 
@@ -133,14 +114,6 @@ def test_strict_float32(operator: str, capability: int, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_tf32(operator: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = compile_step(operator, "tf32", capability, monkeypatch, **OPERATORS[operator].usual)
+    compiled = compile_step(operator, "tf32", capability, monkeypatch, **OPERATORS[operator].form)
     assert_fits(compiled, "tf32", tmp_path)
     assert all("tf32" in c.ptx for c in products_of(operator, compiled))
-
-
-@pytest.mark.parametrize(
-    ("operator", "form"),
-    [pytest.param(n, f, id=f"{n}-{i}") for n, operator in OPERATORS.items() for i, f in enumerate(operator.others)],
-)
-def test_other_forms(operator: str, form: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_fits(compile_step(operator, "fp16", 80, monkeypatch, **form), "fp16", tmp_path)

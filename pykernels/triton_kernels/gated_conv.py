@@ -38,8 +38,7 @@ def random_factors(seed_low, seed_high, threshold, random_scale, row, column, c_
 
 
 @autotuned(
-    (128, 64, 64, 8, 3), (128, 32, 64, 4, 4), (64, 64, 64, 8, 3), (64, 32, 64, 4, 4), (128, 32, 128, 16, 3),
-    (64, 32, 128, 8, 3),
+    (128, 64, 64, 8, 3), (128, 32, 64, 4, 4), (64, 64, 64, 8, 3), (64, 32, 64, 4, 4), (64, 32, 128, 8, 3),
 )  # fmt: skip
 @triton.jit(do_not_specialize=[
     "x_rows", "x_length", "out_rows", "out_length", "taps", "dilation", "left", "shift", "seed_low", "seed_high",

@@ -124,8 +124,7 @@ def column_sums(
 
 
 @autotuned(
-    (128, 64, 64, 4, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4), (128, 64, 128, 16, 3),
-    (64, 64, 128, 8, 3),
+    (128, 64, 64, 4, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4), (64, 64, 128, 8, 3),
 )  # fmt: skip
 @triton.jit(do_not_specialize=[
     "x_rows", "x_length", "out_length", "taps", "dilation", "left", "shift", "size_key",
