@@ -3,52 +3,29 @@ executed on CPU tensors by tests/ptx_on_cpu. A second judge is Triton's interpre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from pykernels import AttentionPool, _backend, _extension, attention_pool
-from tests import ptx_on_cpu
 from tests.attention_pool_cases import PoolCase, check_case, evaluate, problem
 from tests.helpers import FLOATS, LAYOUTS, assert_equal, assert_transforms_are_refused, is_standard
 from tests.ptx_on_cpu import REVERSE
-from tests.test_gated_conv_triton import python
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(ptx_on_cpu.unavailable(cuda=False)), reason=f"{ptx_on_cpu.unavailable(cuda=False)}"),
-    pytest.mark.usefixtures("forget_compiled"),
-]
 
 from pykernels.triton_kernels.attention_pool import attention_pool_forward  # noqa: E402
 from pykernels.triton_kernels.attention_pool_bwd import hidden_backward, pool_input_backward  # noqa: E402
 from pykernels.triton_kernels.gated_conv_bwd import weight_backward  # noqa: E402
+from tests import triton_cases  # noqa: E402
 from tests.ptx_on_cpu.triton_driver import active  # noqa: E402
+from tests.triton_cases import python  # noqa: E402
 
+pytestmark = triton_cases.MARKS
 TUNED = (attention_pool_forward, hidden_backward, pool_input_backward, weight_backward)
-
-
-@pytest.fixture(autouse=True)
-def smallest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each specialisation takes seconds to build: one configuration each, but where the test is of them all."""
-    for kernel in TUNED:
-        smallest = min(kernel.configs, key=lambda c: (c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"], str(c)))
-        monkeypatch.setattr(kernel, "configs", [smallest])
-
-
-@pytest.fixture(params=[80, 90])
-def capability(request: pytest.FixtureRequest) -> Iterator[int]:
-    with active(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def ampere() -> Iterator[None]:
-    with active(80):
-        yield
+smallest_tiles = triton_cases.smallest_tiles(*TUNED)
+capability, ampere = triton_cases.capability, triton_cases.ampere
 
 
 def check(case: PoolCase, dtype: str) -> None:

@@ -10,21 +10,29 @@ from typing import Any
 import pytest
 import torch
 
-from pykernels import ChildTuningAdamW, child_update
+from pykernels import child_update
 from tests import ptx_on_cpu
 from tests import test_child_update_compact as compact
 from tests import test_child_update_random as drawn
 from tests import test_child_update_state as state
 from tests import test_child_update_values as values
 from tests.child_update_cases import gradients, make, masks_for, parameters, steps, with_masks
+from tests.child_update_kernels import (  # noqa: F401
+    DTYPES,
+    test_any_strides,
+    test_clipping_is_that_of_torch,
+    test_every_form_is_that_of_the_definition,
+    test_masks,
+    test_norms_that_are_not_finite,
+    test_shards_draw_the_bits_of_the_whole,
+    test_stochastic_rounding,
+)
 from tests.emulated_cuda import SCHEDULES, build_operator, emulating
-from tests.helpers import LAYOUTS
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(ptx_on_cpu.unavailable() is not None, reason=f"{ptx_on_cpu.unavailable()}"),
 ]
-DTYPES = ["fp32", "bf16", "fp16"]
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +55,6 @@ def emulated(
 # --- what the CPU kernels are held to ---
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_every_form_is_that_of_the_definition(kind: str, dtype: str, emulated: str) -> None:
-    values.test_every_form_is_that_of_the_definition(kind, dtype, emulated)
-
-
 def test_without_masks_it_is_adamw(emulated: str) -> None:
     values.test_without_masks_it_is_adamw(emulated, False)
 
@@ -60,16 +62,6 @@ def test_without_masks_it_is_adamw(emulated: str) -> None:
 def test_sgd_is_that_of_torch_on_the_masked_gradient(emulated: str) -> None:
     for options in values.SGD:
         values.test_sgd_is_that_of_torch_on_the_masked_gradient(emulated, options)
-
-
-def test_any_strides(emulated: str) -> None:
-    for layout in LAYOUTS:
-        if layout != "expanded":
-            values.test_any_strides(layout, emulated)
-
-
-def test_clipping_is_that_of_torch(emulated: str) -> None:
-    values.test_clipping_is_that_of_torch(emulated)
 
 
 @pytest.mark.parametrize("run", ["none", "D", "F", "F_wd0_eps8", "D_nobias"])
@@ -85,25 +77,9 @@ def test_compact_moments_change_nothing(dtype: str, emulated: str) -> None:
         compact.test_compact_moments_change_nothing(kind, options, dtype, emulated)
 
 
-def test_masks(emulated: str) -> None:
-    compact.test_masked_gradients_count_for_nothing(emulated)
-    compact.test_decay_of_masked_elements(emulated)
-    compact.test_parameters_without_a_mask_train_normally(emulated)
-    compact.test_sgd_keeps_all_momentum_where_all_decay(emulated)
-
-
 @pytest.mark.parametrize("p", [2**-16, 0.3, 1.0])
 def test_the_bits_are_those_of_the_definition(p: float, emulated: str) -> None:
     drawn.test_the_bits_are_those_of_the_definition(p, 2**62 + 5, 2**31 - 1, 2**24 - 2, emulated)
-
-
-def test_shards_draw_the_bits_of_the_whole(emulated: str) -> None:
-    for runs in drawn.RUNS:
-        drawn.test_shards_draw_the_bits_of_the_whole(runs, emulated)
-
-
-def test_stochastic_rounding(emulated: str) -> None:
-    drawn.test_stochastic_rounding(emulated)
 
 
 def test_grad_scale_and_found_inf(emulated: str) -> None:
@@ -166,21 +142,6 @@ def test_sums_of_squares(emulated: str) -> None:
         assert got.dtype == torch.float64 and got.shape == ()
         assert got.item() == pytest.approx(expected, rel=1e-12)
         assert child_update._square_sum(grads).item() == got.item()
-
-
-def test_norms_that_are_not_finite(emulated: str) -> None:
-    """As torch.nn.utils.clip_grad_norm_: an infinite norm leaves nothing of finite gradients, NaN spreads."""
-    for bad in (torch.inf, torch.nan):
-        params = parameters(sizes=((5,), (3,)))
-        options = {"lr": 0.1, "weight_decay": 0.0, "mode": "none", "max_grad_norm": 1.0}
-        optimizer = ChildTuningAdamW(params, **options, backend=emulated)
-        before = params[1].detach().clone()
-        params[0].grad, params[1].grad = torch.full((5,), bad), torch.ones(3)
-        optimizer.step()
-        if bad == torch.inf:
-            assert torch.equal(params[1], before)
-        else:
-            assert params[1].isnan().all()
 
 
 def test_moments_that_are_too_few_are_not_overrun(emulated: str) -> None:

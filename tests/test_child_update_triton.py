@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pykernels import ChildTuningAdamW, _backend, child_update
+from pykernels import _backend, child_update
 from tests import ptx_on_cpu
 from tests import test_child_update_compact as compact
 from tests import test_child_update_compile as compiled
@@ -21,21 +21,26 @@ from tests import test_child_update_random as drawn
 from tests import test_child_update_state as state
 from tests import test_child_update_values as values
 from tests.child_update_cases import gradients, make, masks_for, parameters, steps, with_masks
-from tests.helpers import LAYOUTS
+from tests.child_update_kernels import (  # noqa: F401
+    DTYPES,
+    test_any_strides,
+    test_clipping_is_that_of_torch,
+    test_every_form_is_that_of_the_definition,
+    test_masks,
+    test_norms_that_are_not_finite,
+    test_shards_draw_the_bits_of_the_whole,
+    test_stochastic_rounding,
+)
 from tests.ptx_on_cpu import REVERSE
-from tests.test_gated_conv_triton import python
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(ptx_on_cpu.unavailable(cuda=False)), reason=f"{ptx_on_cpu.unavailable(cuda=False)}"),
-    pytest.mark.usefixtures("forget_compiled"),
-]
 
 from pykernels.triton_kernels import child_update as kernels  # noqa: E402
+from tests import triton_cases  # noqa: E402
 from tests.ptx_on_cpu.triton_driver import active  # noqa: E402
+from tests.triton_cases import python  # noqa: E402
 
-DTYPES = ["fp32", "bf16", "fp16"]
+pytestmark = triton_cases.MARKS
 SIZES = ((7,), (0, 3), (17,), (8, 64), (3, 171), (5, 820))
 
 
@@ -78,12 +83,6 @@ def emulated(told: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 # --- what the other kernels are held to ---
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_every_form_is_that_of_the_definition(kind: str, dtype: str, emulated: str) -> None:
-    values.test_every_form_is_that_of_the_definition(kind, dtype, emulated)
-
-
 def test_on_sm_90(told: None) -> None:
     with active(90):
         values.test_every_form_is_that_of_the_definition("adamw", "bf16", "triton")
@@ -91,16 +90,6 @@ def test_on_sm_90(told: None) -> None:
 
 def test_without_masks_it_is_adamw(emulated: str) -> None:
     values.test_without_masks_it_is_adamw(emulated, True)
-
-
-def test_any_strides(emulated: str) -> None:
-    for layout in LAYOUTS:
-        if layout != "expanded":
-            values.test_any_strides(layout, emulated)
-
-
-def test_clipping_is_that_of_torch(emulated: str) -> None:
-    values.test_clipping_is_that_of_torch(emulated)
 
 
 @pytest.mark.parametrize("run", ["none", "D", "F"])
@@ -114,26 +103,10 @@ def test_compact_moments_change_nothing(dtype: str, emulated: str) -> None:
         compact.test_compact_moments_change_nothing(kind, options, dtype, emulated)
 
 
-def test_masks(emulated: str) -> None:
-    compact.test_masked_gradients_count_for_nothing(emulated)
-    compact.test_decay_of_masked_elements(emulated)
-    compact.test_parameters_without_a_mask_train_normally(emulated)
-    compact.test_sgd_keeps_all_momentum_where_all_decay(emulated)
-
-
 @pytest.mark.parametrize("p", [2**-16, 0.3, 1.0])
 def test_the_bits_are_those_of_the_definition(p: float, emulated: str) -> None:
     for seed, stream, done in ((-1, 3, 16), (2**62 + 5, 2**31 - 1, 2**24 - 2)):
         drawn.test_the_bits_are_those_of_the_definition(p, seed, stream, done, emulated)
-
-
-def test_shards_draw_the_bits_of_the_whole(emulated: str) -> None:
-    for runs in drawn.RUNS:
-        drawn.test_shards_draw_the_bits_of_the_whole(runs, emulated)
-
-
-def test_stochastic_rounding(emulated: str) -> None:
-    drawn.test_stochastic_rounding(emulated)
 
 
 def test_grad_scale_and_found_inf(emulated: str) -> None:
@@ -192,21 +165,6 @@ def test_sums_of_squares(dtype: torch.dtype, emulated: str) -> None:
     assert got.dtype == torch.float64 and got.shape == ()
     assert got.item() == pytest.approx(expected, rel=1e-12)
     assert child_update._triton_square_sum([g[:0] for g in grads]).item() == 0
-
-
-def test_norms_that_are_not_finite(emulated: str) -> None:
-    """As torch.nn.utils.clip_grad_norm_: an infinite norm leaves nothing of finite gradients, NaN spreads."""
-    for bad in (torch.inf, torch.nan):
-        params = parameters(sizes=((5,), (3,)))
-        options = {"lr": 0.1, "weight_decay": 0.0, "mode": "none", "max_grad_norm": 1.0}
-        optimizer = ChildTuningAdamW(params, **options, backend=emulated)
-        before = params[1].detach().clone()
-        params[0].grad, params[1].grad = torch.full((5,), bad), torch.ones(3)
-        optimizer.step()
-        if bad == torch.inf:
-            assert torch.equal(params[1], before)
-        else:
-            assert params[1].isnan().all()
 
 
 def test_moments_that_are_too_few_are_not_overrun(emulated: str) -> None:

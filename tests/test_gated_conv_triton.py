@@ -3,11 +3,7 @@ executed on CPU tensors by tests/ptx_on_cpu. A second judge is Triton's interpre
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,44 +12,23 @@ import pytest
 import torch
 
 from pykernels import GatedConv1d, _backend, _extension, gated_conv1d
-from tests import ptx_on_cpu
 from tests.gated_conv_cases import Case, check_case, evaluate, problem
 from tests.helpers import FLOATS, LAYOUTS, assert_equal
 from tests.ptx_on_cpu import REVERSE
 
 triton = pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(ptx_on_cpu.unavailable(cuda=False)), reason=f"{ptx_on_cpu.unavailable(cuda=False)}"),
-    pytest.mark.usefixtures("forget_compiled"),
-]
 
 from pykernels.triton_kernels.gated_conv import gated_conv_forward  # noqa: E402
 from pykernels.triton_kernels.gated_conv_bwd import input_backward, weight_backward  # noqa: E402
+from tests import triton_cases  # noqa: E402
 from tests.ptx_on_cpu.triton_driver import active  # noqa: E402
+from tests.triton_cases import python  # noqa: E402
 
+pytestmark = triton_cases.MARKS
 TUNED = (gated_conv_forward, input_backward, weight_backward)
 DTYPES = ["fp32", "bf16", "fp16"]
-
-
-@pytest.fixture(autouse=True)
-def smallest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each specialisation takes seconds to build: one configuration each, but where the test is of them all."""
-    for kernel in TUNED:
-        smallest = min(kernel.configs, key=lambda c: (c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"], str(c)))
-        monkeypatch.setattr(kernel, "configs", [smallest])
-
-
-@pytest.fixture(params=[80, 90])
-def capability(request: pytest.FixtureRequest) -> Iterator[int]:
-    with active(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def ampere() -> Iterator[None]:
-    with active(80):
-        yield
+smallest_tiles = triton_cases.smallest_tiles(*TUNED)
+capability, ampere = triton_cases.capability, triton_cases.ampere
 
 
 def check(case: Case, dtype: str) -> None:
@@ -330,13 +305,6 @@ def test_cpu_tensors_need_a_driver_for_the_cpu() -> None:
 
 # --- other processes: the interpreter, installations without something ---
 
-
-def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parent.parent
-    paths = os.pathsep.join([str(folder), str(root)])
-    variables = os.environ | {"PYTHONPATH": paths} | environment
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
 
 
 INTERPRETED = """

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from pykernels import _backend, _extension, lora_linear, lora_linear_multi, lora_linear_stacked
-from tests import ptx_on_cpu
 from tests import test_dora_linear as dora
 from tests import test_lora_linear_layouts as layouts
 from tests import test_lora_linear_stacked as stacked
@@ -22,41 +20,20 @@ from tests.lora_linear_cases import LoraCase, check_case, evaluate, problem
 from tests.ptx_on_cpu import REVERSE
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(ptx_on_cpu.unavailable(cuda=False)), reason=f"{ptx_on_cpu.unavailable(cuda=False)}"),
-    pytest.mark.usefixtures("forget_compiled"),
-]
 
 from pykernels.triton_kernels.lora_linear import lora_product, lora_shrink  # noqa: E402
 from pykernels.triton_kernels.lora_linear_bwd import lora_adapter_sums, lora_weight_sums  # noqa: E402
 from pykernels.triton_kernels.lora_linear_few import lora_few_product  # noqa: E402
+from tests import triton_cases  # noqa: E402
 from tests.ptx_on_cpu.triton_driver import active  # noqa: E402
-from tests.test_gated_conv_triton import python  # noqa: E402
+from tests.triton_cases import python  # noqa: E402
 
+pytestmark = triton_cases.MARKS
 TUNED = (lora_shrink, lora_product, lora_few_product, lora_adapter_sums, lora_weight_sums)
 DTYPES, BF16 = ["fp32", "bf16", "fp16"], torch.bfloat16
 OPERATORS = torch.ops.pykernels
-
-
-@pytest.fixture(autouse=True)
-def smallest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each specialisation takes seconds to build: one configuration each, but where the test is of them all."""
-    for kernel in TUNED:
-        smallest = min(kernel.configs, key=lambda c: (c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"], str(c)))
-        monkeypatch.setattr(kernel, "configs", [smallest])
-
-
-@pytest.fixture(params=[80, 90])
-def capability(request: pytest.FixtureRequest) -> Iterator[int]:
-    with active(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def ampere() -> Iterator[None]:
-    with active(80):
-        yield
+smallest_tiles = triton_cases.smallest_tiles(*TUNED)
+capability, ampere = triton_cases.capability, triton_cases.ampere
 
 
 def trained(case: LoraCase, dtype: str) -> Results:

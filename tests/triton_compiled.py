@@ -25,6 +25,7 @@ class Compiled:
 
     name: str
     capability: int
+    config: tuple[Any, ...]  # its block sizes, warps, stages
     shared: int  # bytes of shared memory
     ptx: str
     cubin: bytes = field(repr=False)
@@ -51,7 +52,10 @@ def compiling(capability: int) -> Iterator[list[Compiled]]:
             files = get_cache_manager(metadata.hash)
             path = {kind: Path(files.get_file(f"{metadata.name}.{kind}")) for kind in ("ptx", "cubin")}
             made = path["ptx"].read_text(), path["cubin"].read_bytes()
-            compiled.append(Compiled(metadata.name, capability, metadata.shared, *made))
+            constants = {source.fn.arg_names[at[0]]: value for at, value in source.constants.items()}
+            sizes = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_BYTES") if name in constants)
+            config = (*sizes, metadata.num_warps, metadata.num_stages)
+            compiled.append(Compiled(metadata.name, capability, config, metadata.shared, *made))
 
         def __call__(self, *arguments: Any) -> None:
             pass
