@@ -39,7 +39,7 @@ NAME = "models"
 REFERENCE = "reference"
 FUSED = "AdamW fused"
 SIDES = {OURS: None, REFERENCE: "reference"}
-LAYERS, WIDTH, VOCABULARY, ROWS, CONTEXT = 4, 256, 4000, 8, 128
+LAYERS, WIDTH, VOCABULARY, CONTEXT = 4, 256, 4000, 128
 NEW_TOKENS = 16
 SEED = 50
 
@@ -144,13 +144,8 @@ class TrainingStep:
         self.optimizer.step()
 
 
-def tokens() -> Tensor:
-    return torch.randint(4, VOCABULARY - 2, (ROWS, CONTEXT), generator=torch.Generator().manual_seed(SEED))
-
-
-def language_loss(model: Any, dtype: str) -> Tensor:
-    with autocast(dtype):
-        return model(input_ids=tokens(), labels=tokens()).loss
+def tokens(rows: int) -> Tensor:
+    return torch.randint(4, VOCABULARY - 2, (rows, CONTEXT), generator=torch.Generator().manual_seed(SEED))
 
 
 def gpt2_ml() -> Any:
@@ -181,8 +176,9 @@ LANGUAGE_MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
 }
 
 
-def language_case(name: str) -> Case:
+def language_case(name: str, rows: int) -> Case:
     network, targets = LANGUAGE_MODELS[name]
+    ids = tokens(rows)
 
     def make(backend: str | None) -> Any:
         model = apply_lora(network(), targets, r=8, alpha=16, dropout=0.1, backend=backend)
@@ -192,19 +188,23 @@ def language_case(name: str) -> Case:
         return model
 
     def answer(model: Any) -> Tensor:
-        return model(input_ids=tokens()).logits
+        return model(input_ids=ids).logits
+
+    def loss(model: Any, dtype: str) -> Tensor:
+        with autocast(dtype):
+            return model(input_ids=ids, labels=ids).loss
 
     def step(model: Any, dtype: str) -> Call:
-        return TrainingStep(model, partial(language_loss, dtype=dtype))
+        return TrainingStep(model, partial(loss, dtype=dtype))
 
-    about = f"{name} {LAYERS}x{WIDTH} LoRA r8 B{ROWS} L{CONTEXT}"
+    about = f"{name} {LAYERS}x{WIDTH} LoRA r8 B{rows} L{CONTEXT}"
     return Case(about, make, answer, step, LAYERS * 4 * WIDTH * WIDTH, generates=True)
 
 
 def generate(model: Any) -> Tensor:
     """One text, greedy: as many tokens whatever the weights say."""
     length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
-    return model.generate(tokens()[:1, :CONTEXT], do_sample=False, pad_token_id=0, **length)
+    return model.generate(tokens(1), do_sample=False, pad_token_id=0, **length)
 
 
 # --- generative models of sequences ---
@@ -285,20 +285,21 @@ def run_case(case: Case, session: Session, result: Result) -> None:
         if isinstance(module, GatedConv1d):
             module.prepack()  # as the loaded readers and extractors do
     with torch.no_grad():
-        session.group(result, "inference", {name: partial(case.answer, m) for name, m in models.items()})
+        answers = {name: partial(case.answer, m) for name, m in models.items()}
+        session.group(result, "inference", answers)
         if case.generates:
-            title = f"{NEW_TOKENS} tokens of one text"
-            session.group(result, title, {name: partial(generate, m) for name, m in models.items()})
+            texts = {name: partial(generate, m) for name, m in models.items()}
+            session.group(result, f"{NEW_TOKENS} tokens of one text", texts)
 
 
-def run_child_tuning(session: Session, result: Result) -> None:
+def run_child_tuning(rows: int, session: Session, result: Result) -> None:
     """GPT2ML without LoRA: the steps of ChildTuningAdamW F and D alone, and a whole training step of F."""
     session.tick("checking")
     dtype = DTYPES[result.dtype]
     bench_child_update.check(dtype)
     torch.manual_seed(SEED)
     first = gpt2_ml().to(dtype)
-    batch = {"input_ids": tokens(), "labels": tokens()}
+    batch = {"input_ids": tokens(rows), "labels": tokens(rows)}
     masks = fisher_masks(first, lambda m, b: m(**b).loss, [batch], 0.3)
 
     def copies() -> Iterable[tuple[str, str | None, Any]]:
@@ -326,20 +327,26 @@ def run_child_tuning(session: Session, result: Result) -> None:
     session.group(result, "training step, F", training)
 
 
+def language_rows(quick: bool) -> int:
+    return 2 if quick else 8
+
+
 def cases(quick: bool) -> list[Case]:
     found = [reader_case(16 if quick else 128), reader_2018_case(16 if quick else 128)]
     found.append(extractor_case(16 if quick else 64))
     if importlib.util.find_spec("transformers") is not None:
-        found += [language_case(name) for name in list(LANGUAGE_MODELS)[: 2 if quick else None]]
+        names = list(LANGUAGE_MODELS)
+        found += [language_case(name, language_rows(quick)) for name in (names[:2] if quick else names)]
     return found + [generative_case(kind) for kind in ("vae", "gan", "aae", "ali")[: 2 if quick else None]]
 
 
 def jobs(options: Options) -> list[Job]:
     """Models of transformers are left out where that is not installed."""
     seconds, found = 3 * options.effort.seconds, []
+    rows = language_rows(options.quick)
     for dtype in (name for name in options.dtypes if name != "fp16"):
         found += [Job(NAME, c.name, dtype, seconds, 0, partial(run_case, c)) for c in cases(options.quick)]
         if importlib.util.find_spec("transformers") is not None:
-            name = f"ChildTuningAdamW, GPT2ML {LAYERS}x{WIDTH} B{ROWS} L{CONTEXT}"
-            found.append(Job(NAME, name, dtype, seconds, 0, run_child_tuning))
+            name = f"ChildTuningAdamW, GPT2ML {LAYERS}x{WIDTH} B{rows} L{CONTEXT}"
+            found.append(Job(NAME, name, dtype, seconds, 0, partial(run_child_tuning, rows)))
     return found
