@@ -120,7 +120,7 @@ def _speed(group: Group | None, name: str) -> str:
 # In the order of the columns; an operator's table has those that were measured for it.
 BASELINES = (
     "eager", "eager, bmm", "shifted matmul", "frozen linear", "PEFT", "torch.compile", "bare GEMM", "AdamW fused",
-    "AdamW foreach", "bernoulli + AdamW fused", "original, eager", "original, torch.compile",
+    "AdamW foreach", "bernoulli + AdamW fused", "original, eager", "original, torch.compile", "reference",
 )  # fmt: skip
 
 

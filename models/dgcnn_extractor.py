@@ -290,6 +290,8 @@ class DGCNNExtractor(nn.Module):
         for name, at in (("start", start), ("end", end)):
             if at.shape != (S,):
                 raise ValueError(f"{name}: expected [{S}], one subject for each sentence, got {list(at.shape)}")
+            if at.dtype != torch.int64:
+                raise TypeError(f"{name}: expected int64, got {at.dtype}")
         place = torch.arange(L, device=start.device)
         near = [self.position((place - at.unsqueeze(1)).abs()) for at in (start, end)]
         k = self.encode_subjects(trunk.t, start, end).unsqueeze(1) + torch.cat(near, dim=-1)

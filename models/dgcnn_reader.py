@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pykernels import AttentionPool, GatedConv1d
 
-from .embedding import MixedEmbedding
+from .embedding import MixedEmbedding, check_characters
 from .focal_loss import masked_focal_loss
 
 LOSS_SCALE = 100.0
@@ -128,9 +128,11 @@ class DGCNNReader(nn.Module):
         A question or a passage of nothing but padding is pooled to zeros. (The article's code averages over its padding
         instead, since 1e12 takes all digits of the scores it is subtracted from.)
         """
+        check_characters("question", question)
+        check_characters("passage", passage, len(question))
         question_mask, passage_mask = question > 0, passage > 0
-        q = self.dropout(self.embedding(question, question_words))
-        p = self.dropout(self.embedding(passage, passage_words))
+        q = self.dropout(self.embedding(question, question_words, "question_words"))
+        p = self.dropout(self.embedding(passage, passage_words, "passage_words"))
         for block in self.question_blocks:
             q = block(q, mask=question_mask)
         v = self.question_pool(q, mask=question_mask)

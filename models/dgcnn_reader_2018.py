@@ -136,6 +136,9 @@ class DGCNNReader2018(nn.Module):
             question_mask, passage_mask: [B, Lq] and [B, Lp] bool, True for words and False for padding.
         """
         config = self.config
+        for name, mask in (("question_mask", question_mask), ("passage_mask", passage_mask)):
+            if mask.dim() != 2 or len(mask) != len(question):
+                raise ValueError(f"{name}: expected [{len(question)}, L], got {list(mask.shape)}")
         wanted = {
             "question": (question, (*question_mask.shape, config.word_size)),
             "passage": (passage, (len(question), passage_mask.shape[-1], config.word_size)),
@@ -149,7 +152,9 @@ class DGCNNReader2018(nn.Module):
             q = block(q, mask=question_mask)
         v = self.question_pool(q, mask=question_mask)
         B, Lp = passage_mask.shape
-        positions = sinusoidal_positions(Lp, config.position_size).to(passage).expand(B, -1, -1)
+        # Tracing ignores caches, and warns of them.
+        table = sinusoidal_positions.__wrapped__ if torch.compiler.is_compiling() else sinusoidal_positions
+        positions = table(Lp, config.position_size).to(passage).expand(B, -1, -1)
         joined = [passage, v.to(passage.dtype).unsqueeze(1).expand(-1, Lp, -1), positions, features.to(passage.dtype)]
         p = self.fusion(torch.cat(joined, dim=-1), mask=passage_mask)
         for block in self.passage_blocks:

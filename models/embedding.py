@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+
+
+def check_characters(name: str, characters: Tensor, rows: int | None = None) -> None:
+    """Raises where characters are not integers [B, L], or not `rows` sequences."""
+    if characters.is_floating_point() or characters.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers [B, L], got {characters.dtype}")
+    if characters.dim() != 2 or rows not in (None, len(characters)):
+        raise ValueError(f"{name}: expected [{'B' if rows is None else rows}, L], got {list(characters.shape)}")
 
 
 class MixedEmbedding(nn.Module):
@@ -18,10 +27,15 @@ class MixedEmbedding(nn.Module):
         self.character = nn.Embedding(vocabulary_size, embedding_size)
         self.word = nn.Linear(word_size, embedding_size, bias=False) if word_size else None
 
-    def forward(self, characters: Tensor, words: Tensor | None = None) -> Tensor:
-        """characters [B, L] integers, words [B, L, word_size] or None -> [B, L, D]."""
+    def forward(self, characters: Tensor, words: Tensor | None = None, name: str = "words") -> Tensor:
+        """characters [B, L] integers, words [B, L, word_size] or None -> [B, L, D]. name: of words in messages."""
+        check_characters("characters", characters)
         if (words is None) != (self.word is None):
             wanted = "no word vectors" if self.word is None else f"word vectors [B, L, {self.word.in_features}]"
-            raise ValueError(f"words: expected {wanted}, got {'none' if words is None else list(words.shape)}")
+            raise ValueError(f"{name}: expected {wanted}, got {'none' if words is None else list(words.shape)}")
+        # A length or a batch of one would be repeated without a word.
+        if words is not None and self.word is not None and words.shape != (*characters.shape, self.word.in_features):
+            wanted = [*characters.shape, self.word.in_features]
+            raise ValueError(f"{name}: expected {wanted}, got {list(words.shape)}")
         embedded = self.character(characters)
         return embedded if self.word is None else embedded + self.word(words)

@@ -103,6 +103,8 @@ class GaussianMixture(nn.Module):
         """Initial values, then steps until the mean log-likelihood rises by less than the tolerance; its values."""
         if steps < 1:
             raise ValueError(f"steps: expected 1 or more, got {steps}")
+        if not torch.isfinite(self._checked(x)).all():
+            raise ValueError("x: expected finite samples, got NaN or infinite ones")
         self.initialise(x)
         values: list[float] = []
         for _ in range(steps):
@@ -114,5 +116,7 @@ class GaussianMixture(nn.Module):
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:
         """[count, D], float64."""
+        if count < 1:
+            raise ValueError(f"count: expected 1 or more, got {count}")
         k = torch.multinomial(self.weights, count, replacement=True)
         return self.means[k] + self.variances[k].sqrt() * torch.randn_like(self.means[k])

@@ -7,7 +7,9 @@ read from left to right, whose attention adds a fixed sinusoid R of the clipped 
     output[q] = sum over k of A[q, k] (V[k] + R[i])
 
 R has 129 rows. The scores take theirs from Q R^T [B, H, L, 129]; the output sums A by distance to [B, H, L, 129] and
-multiplies that by R. So nothing is larger than the scores [B, H, L, L].
+multiplies that by R. So nothing is larger than the scores [B, H, L, L]. On CUDA those sums, and the gradient of Q R^T,
+are added by atomics, in an order that differs from run to run; under torch.use_deterministic_algorithms(True) PyTorch
+takes its deterministic forms of both (scatter_add and the backward of gather), which raise nothing.
 
 A dialogue is [CLS] u_0 [SEP] u_1 [SEP] ..., and utterance i, its [SEP] included, has segment i mod 2.
 """

@@ -117,8 +117,24 @@ def test_em_in_other_dtypes_compiled_and_saved() -> None:
     assert torch.equal(model.step(rounded), other.step(rounded.double()))
 
 
+def test_em_gradient_in_x_is_that_of_the_density() -> None:
+    """d log q(x) / dx = -sum_k p(k|x) (x - mu_k) / v_k."""
+    x, _ = mixture(20)
+    torch.manual_seed(3)
+    model = GaussianMixture(3, 2)
+    model.fit(x, steps=3)
+    (grad,) = torch.autograd.grad(model.log_likelihood(x.requires_grad_()).sum(), x)
+    x = x.detach()
+    steps = (x.unsqueeze(1) - model.means) / model.variances
+    assert torch.allclose(grad, -(model.posterior(x).unsqueeze(-1) * steps).sum(1))
+
+
 def test_em_refuses_other_inputs() -> None:
     model = GaussianMixture(2, 3)
+    with pytest.raises(ValueError, match="x: expected finite samples, got NaN or infinite ones"):
+        model.fit(torch.full((4, 3), math.nan))
+    with pytest.raises(ValueError, match="count: expected 1 or more, got 0"):
+        model.sample(0)
     with pytest.raises(ValueError, match=r"x: expected \[N, 3\], got \[4, 2\]"):
         model.step(torch.zeros(4, 2))
     with pytest.raises(TypeError, match="x: expected a floating-point tensor, got torch.int64"):
