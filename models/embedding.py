@@ -35,7 +35,7 @@ class MixedEmbedding(nn.Module):
             raise ValueError(f"{name}: expected {wanted}, got {'none' if words is None else list(words.shape)}")
         # A length or a batch of one would be repeated without a word.
         if words is not None and self.word is not None and words.shape != (*characters.shape, self.word.in_features):
-            wanted = [*characters.shape, self.word.in_features]
-            raise ValueError(f"{name}: expected {wanted}, got {list(words.shape)}")
+            sizes = [*characters.shape, self.word.in_features]
+            raise ValueError(f"{name}: expected {sizes}, got {list(words.shape)}")
         embedded = self.character(characters)
         return embedded if self.word is None else embedded + self.word(words)
