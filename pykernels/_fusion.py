@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ._backend import FLOATS
 
 _FORWARDS = (nn.Conv1d.forward, nn.Linear.forward)
-_TIME_FIRST = ("ConvTBC.forward", "LinearizedConvolution.forward")  # fairseq's, which is not imported for their sake
+_TIME_FIRST = ("ConvTBC", "LinearizedConvolution")  # fairseq's, which is not imported for their sake
 
 # forward(layer, own, *args, **kwargs): `own` is the layer's own forward, for what the call cannot be served with.
 Forward = Callable[..., Any]
@@ -75,15 +75,17 @@ def unserved_conv(layer: Any, name: str, rows: int = 0, kernel_size: int | None 
 
 def unserved_time_first(layer: Any, name: str, kind: str, padding: int) -> str:
     """The same for fairseq's convolutions of [T, B, C]. padding: rows on each side."""
-    if not isinstance(layer, nn.Module) or "forward" in vars(layer) or _qualified(layer) != f"{kind}.forward":
+    if not isinstance(layer, nn.Module) or "forward" in vars(layer) or not _computes_as(layer, (kind,)):
         return f"{name}: {type(layer).__name__}, or another forward, where {kind} was expected"
     if tuple(layer.padding) != (padding,):
         return f"{name}: padding of {layer.padding[0]} rows on each side where {padding} were expected"
     return _unserved_state(layer, name)
 
 
-def _qualified(layer: Any) -> str:
-    return type(layer).forward.__qualname__
+def _computes_as(layer: Any, names: tuple[str, ...]) -> bool:
+    """Whether the layer's forward is that of a class so named: its own, or one that it is a subclass of."""
+    cls = type(layer)
+    return any(base.__name__ in names and base.forward is cls.forward for base in cls.__mro__)
 
 
 def reach(layer: Any) -> int:
@@ -141,7 +143,7 @@ def computes(
     for layer in layers:
         if _hooked(layer) or "forward" in layer.__dict__:
             return False
-        if type(layer).forward not in _FORWARDS and _qualified(layer) not in _TIME_FIRST:
+        if type(layer).forward not in _FORWARDS and not _computes_as(layer, _TIME_FIRST):
             return False
         dtypes.update([p.dtype for p in layer._parameters.values() if p is not None])
     for layer in around:

@@ -88,7 +88,9 @@ def forward_encoder(layer: Any, own: Own, src_tokens: Tensor, src_lengths: Any) 
     before = [rows]
     for i in range(len(layer.convolutions)):
         residual = _residual(layer, i, before)
-        rows = _convolved(layer, i, _drop(layer.dropout_module, rows, i == 0), residual, padding="same", mask=live)
+        # Zeros in the place of padding are written into a copy, [T, B, C] in memory too.
+        seen = _drop(layer.dropout_module, rows, i == 0 and padding is None)
+        rows = _convolved(layer, i, seen, residual, padding="same", mask=live)
         before.append(rows)
     x = layer.fc2(rows)
     if padding is not None:
