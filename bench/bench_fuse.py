@@ -125,7 +125,7 @@ def run_case(case: Case, session: Session, result: Result) -> None:
     found = (problem.gradients(problem.fused), problem.gradients(problem.own), exact.gradients(exact.own))
     if failure := gate.compare(*found, terms):
         raise GateFailure(f"{OURS}: {failure}")
-    layers = {OURS: problem.fused, "before": problem.own}
+    layers = {OURS: problem.fused, "eager": problem.own}
     with torch.no_grad():
         forward: dict[str, Call] = {name: partial(problem.forward, layer) for name, layer in layers.items()}
         session.group(result, "forward", forward, flops=case.flops)

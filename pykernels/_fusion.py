@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves
 
 from ._backend import FLOATS
 
 _FORWARDS = (nn.Conv1d.forward, nn.Linear.forward)
+_TIME_FIRST = ("ConvTBC", "LinearizedConvolution")  # fairseq's, which is not imported for their sake
 
 # forward(layer, own, *args, **kwargs): `own` is the layer's own forward, for what the call cannot be served with.
 Forward = Callable[..., Any]
@@ -42,6 +44,10 @@ def unserved_layer(layer: Any, kind: type[nn.Module], name: str) -> str:
     """What keeps the layer from being computed by its weight and bias alone; weight norm does not, in either form."""
     if not isinstance(layer, kind) or type(layer).forward is not kind.forward or "forward" in vars(layer):
         return f"{name}: {type(layer).__name__}, or another forward, where {kind.__name__} was expected"
+    return _unserved_state(layer, name)
+
+
+def _unserved_state(layer: Any, name: str) -> str:
     if _hooked(layer):
         return f"{name}: hooks, which would not be called"
     tensors = [*layer.parameters(), *layer.buffers()]
@@ -67,6 +73,21 @@ def unserved_conv(layer: Any, name: str, rows: int = 0, kernel_size: int | None 
     return ""
 
 
+def unserved_time_first(layer: Any, name: str, kind: str, padding: int) -> str:
+    """The same for fairseq's convolutions of [T, B, C]. padding: rows on each side."""
+    if not isinstance(layer, nn.Module) or "forward" in vars(layer) or not _computes_as(layer, (kind,)):
+        return f"{name}: {type(layer).__name__}, or another forward, where {kind} was expected"
+    if tuple(layer.padding) != (padding,):
+        return f"{name}: padding of {layer.padding[0]} rows on each side where {padding} were expected"
+    return _unserved_state(layer, name)
+
+
+def _computes_as(layer: Any, names: tuple[str, ...]) -> bool:
+    """Whether the layer's forward is that of a class so named: its own, or one that it is a subclass of."""
+    cls = type(layer)
+    return any(base.__name__ in names and base.forward is cls.forward for base in cls.__mro__)
+
+
 def reach(layer: Any) -> int:
     """Rows between the first and the last tap of a Conv1d."""
     return layer.dilation[0] * (layer.kernel_size[0] - 1)
@@ -76,7 +97,10 @@ def _hooked(layer: nn.Module) -> bool:
     before = layer._forward_pre_hooks
     if before and any(type(hook) is not WeightNorm or hook.name != "weight" for hook in before.values()):
         return True
-    return bool(layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    # fairseq's own backward hook clears a buffer that it never fills.
+    if any(getattr(hook, "__name__", "") != "_clear_linearized_weight" for hook in layer._backward_hooks.values()):
+        return True
+    return bool(layer._forward_hooks or layer._backward_pre_hooks)
 
 
 def weight(layer: Any) -> Tensor:
@@ -104,11 +128,22 @@ def takes(x: Any, *layers: Any, around: tuple[Any, ...] = (), others: tuple[Tens
 
     around: modules without parameters of their own that are passed over too.
     """
-    if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in FLOATS or x.is_nested:
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.is_nested:
+        return False
+    return computes(x, *layers, around=around, others=others)
+
+
+def computes(
+    x: Tensor, *layers: Any, around: tuple[Any, ...] = (), others: tuple[Tensor | None, ...] = ()
+) -> bool:
+    """The same for any tensor of the dtype and on the device that the layers will be given."""
+    if x.dtype not in FLOATS:
         return False
     dtypes = {t.dtype for t in others if t is not None}
     for layer in layers:
-        if _hooked(layer) or "forward" in layer.__dict__ or type(layer).forward not in _FORWARDS:
+        if _hooked(layer) or "forward" in layer.__dict__:
+            return False
+        if type(layer).forward not in _FORWARDS and not _computes_as(layer, _TIME_FIRST):
             return False
         dtypes.update([p.dtype for p in layer._parameters.values() if p is not None])
     for layer in around:
@@ -185,5 +220,5 @@ def differs(layer: nn.Module, fusion: Fusion) -> str:
     return ""
 
 
-def _tensors(result: Any) -> tuple[Tensor, ...]:
-    return tuple(result) if isinstance(result, tuple | list) else (result,)
+def _tensors(result: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(result) if isinstance(t, Tensor)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from . import fused_pooling, fused_wavenet
+from . import fused_glu, fused_pooling, fused_wavenet
 from ._fusion import Forward, Fusion, differs, fused_class
 from .lora import check_layer
 
@@ -21,12 +21,16 @@ _KNOWN: dict[str, Fusion] = {
     "layers.residual_block.WaveNetResidualBlock": fused_wavenet.PARALLEL_WAVEGAN,
     "diffwave.model.ResidualBlock": fused_wavenet.DIFFWAVE,
     "backbones.wavenet.ResidualBlock": fused_wavenet.DIFFSINGER,
+    "fairseq.models.fconv.FConvEncoder": fused_glu.FAIRSEQ_ENCODER,
+    "fairseq.models.fconv.FConvDecoder": fused_glu.FAIRSEQ_DECODER,
+    "modules.seq2seq_encoders.gated_cnn_encoder.ResidualBlock": fused_glu.ALLENNLP,
     "torchmil.nn.attention.attention_pool.AttentionPool": fused_pooling.TORCHMIL,
 }
 _SERVED = (
     "PEFT's LoRA layers of linear layers, VitsWaveNet of transformers, WN of VITS, CausalDilatedResidualLayer of "
-    "GluonTS, WaveNetResidualBlock of Parallel WaveGAN, ResidualBlock of DiffWave and DiffSinger, AttentionPool of "
-    "torchmil, or a class of register_fusion's"
+    "GluonTS, WaveNetResidualBlock of Parallel WaveGAN, ResidualBlock of DiffWave and DiffSinger, FConvEncoder and "
+    "FConvDecoder of fairseq, ResidualBlock of AllenNLP's gated CNN, AttentionPool of torchmil, or a class of "
+    "register_fusion's"
 )
 _registered: dict[type, Fusion] = {}
 
@@ -49,6 +53,10 @@ def fuse(model: nn.Module) -> nn.Module:
       (CausalDilatedResidualLayer), Parallel WaveGAN (WaveNetResidualBlock), DiffWave and DiffSinger (ResidualBlock), by
       `gated_conv1d`. Weight norm may be there in either of PyTorch's forms, or be removed later. Dropout drops the same
       elements. But for VITS', results are views of [B, L, C].
+    * The gated linear units of fairseq's FConvEncoder and FConvDecoder (0.10 and later) and of AllenNLP's
+      GatedCnnEncoder (ResidualBlock), by `gated_conv1d`; weight norm and dropout as above. Padding costs the encoder no
+      time. With an incremental_state the decoder runs in its own forward. A compiled or exported encoder returns its
+      padding mask also where there is no padding, for which eager ones return None.
     * torchmil's AttentionPool, by `attention_pool`. A bag without instances gives zeros, where torchmil gives NaN.
     * Classes given to `register_fusion`.
 

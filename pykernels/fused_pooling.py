@@ -23,6 +23,7 @@ def forward(layer: Any, own: Callable[..., Any], X: Tensor, mask: Any = None, re
     options: dict[str, Any] = {"bias": linears[0].bias, "activation": _ACTIVATIONS[type(layer.act_layer)]}
     if layer.gated:
         options |= {"gate_weight": linears[2].weight, "gate_bias": linears[2].bias}
+    options["recompute"] = False  # no more is kept than by torchmil, and no product is made twice
     weight, query = linears[0].weight, linears[1].weight.squeeze(0)
     present = None if mask is None else mask != 0
     if not return_att:

@@ -1,8 +1,9 @@
-"""Layers of other packages that `fuse` serves: from the package, or written anew where there is none to install."""
+"""Layers of other packages that `fuse` serves, small: from the package, or those of fuse_blocks.py, written anew."""
 
 from __future__ import annotations
 
-import math
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,75 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-NORMS: dict[str, Callable[..., nn.Module]] = {
-    "plain": lambda m, name="weight": m,
-    "weight_norm": nn.utils.weight_norm,
-    "parametrized": nn.utils.parametrizations.weight_norm,
-}
-
-
-class VitsBlock(nn.Module):
-    """The WaveNet of VITS' flows and posterior encoder."""
-
-    def __init__(self, hidden: int, kernel: int, rate: int, layers: int, gin: int, p: float, norm: Any) -> None:
-        super().__init__()
-        self.hidden_channels, self.n_layers, self.drop = hidden, layers, nn.Dropout(p)
-        convs = [nn.Conv1d(hidden, 2 * hidden, kernel, dilation=rate**i, padding=rate**i * (kernel - 1) // 2)
-                 for i in range(layers)]  # fmt: skip
-        mixers = [nn.Conv1d(hidden, hidden * (2 if i < layers - 1 else 1), 1) for i in range(layers)]
-        self.in_layers, self.res_skip_layers = (nn.ModuleList(map(norm, ms)) for ms in (convs, mixers))
-        if gin:
-            self.cond_layer = norm(nn.Conv1d(gin, 2 * hidden * layers, 1))
-
-    def forward(self, x: Tensor, x_mask: Tensor, g: Tensor | None = None, **_: Any) -> Tensor:
-        total: Any = 0
-        parts = None if g is None else self.cond_layer(g).chunk(self.n_layers, 1)
-        for i, (conv, mixer) in enumerate(zip(self.in_layers, self.res_skip_layers, strict=True)):
-            h = conv(x) if parts is None else conv(x) + parts[i]
-            value, gate = h.chunk(2, 1)
-            mixed = mixer(self.drop(torch.tanh(value) * torch.sigmoid(gate)))
-            if i < self.n_layers - 1:
-                residual, mixed = mixed.chunk(2, 1)
-                x = (x + residual) * x_mask
-            total = total + mixed
-        return total * x_mask
-
-
-VitsBlock.__module__, VitsBlock.__qualname__, VitsBlock.__name__ = "vits.modules", "WN", "WN"
-
-
-class Diffusion(nn.Module):
-    """The residual block of DiffWave, which gives the gate the first half, and of DiffSinger."""
-
-    def __init__(self, channels: int, dilation: int, width: int, cond: int, norm: Any) -> None:
-        super().__init__()
-        self.dilated_conv = norm(nn.Conv1d(channels, 2 * channels, 3, padding=dilation, dilation=dilation))
-        self.diffusion_projection = nn.Linear(width, channels)
-        self.conditioner_projection = norm(nn.Conv1d(cond, 2 * channels, 1)) if cond else None
-        self.output_projection = norm(nn.Conv1d(channels, 2 * channels, 1))
-
-    def compute(self, x: Tensor, step: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        h = self.dilated_conv(x + self.diffusion_projection(step).unsqueeze(-1))
-        if self.conditioner_projection is not None:
-            h = h + self.conditioner_projection(cond)
-        gate, value = h.chunk(2, 1)
-        residual, skip = self.output_projection(torch.sigmoid(gate) * torch.tanh(value)).chunk(2, 1)
-        return (x + residual) / math.sqrt(2), skip
-
-
-class DiffWaveBlock(Diffusion):
-    def forward(self, x: Tensor, diffusion_step: Tensor, conditioner: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.compute(x, diffusion_step, conditioner)
-
-
-class DiffSingerBlock(Diffusion):
-    def forward(self, x: Tensor, conditioner: Tensor, diffusion_step: Tensor) -> tuple[Tensor, Tensor]:
-        return self.compute(x, diffusion_step, conditioner)
-
-
-for _cls, _module in ((DiffWaveBlock, "diffwave.model"), (DiffSingerBlock, "modules.backbones.wavenet")):
-    _cls.__module__, _cls.__qualname__, _cls.__name__ = _module, "ResidualBlock", "ResidualBlock"
+from tests.fuse_blocks import (
+    NORMS,
+    AllenNLPBlock,
+    DiffSingerBlock,
+    DiffWaveBlock,
+    FConvDecoder,
+    FConvEncoder,
+    ParallelWaveGANBlock,
+    VitsBlock,
+)
 
 
 def transformers_vits(p: float = 0.0, speakers: int = 6, norm: str = "parametrized") -> nn.Module:
@@ -93,36 +37,44 @@ def transformers_vits(p: float = 0.0, speakers: int = 6, norm: str = "parametriz
 
 def gluonts_layer(dilation: int = 4, dense: bool = True) -> nn.Module:
     # Its own imports ask for lightning.
-    pytest.importorskip("lightning", reason="gluonts needs lightning, which is not installed")
-    module = pytest.importorskip("gluonts.torch.model.wavenet.module", reason="gluonts is not installed")
+    pytest.importorskip("lightning", reason="gluonts needs lightning, which is not installed: pip install '.[peers]'")
+    module = pytest.importorskip(
+        "gluonts.torch.model.wavenet.module", reason="gluonts is not installed: pip install '.[peers]'"
+    )
     return module.CausalDilatedResidualLayer(
         num_residual_channels=24, num_skip_channels=10, dilation=dilation, kernel_size=2, return_dense_output=dense
     )
 
 
 def parallel_wavegan_block(**options: Any) -> nn.Module:
-    pytest.importorskip("parallel_wavegan", reason="parallel_wavegan is not installed")
-    windows = pytest.importorskip("scipy.signal.windows", reason="parallel_wavegan needs scipy")
-    with pytest.MonkeyPatch.context() as patch:  # it imports a name that scipy has moved
-        patch.setattr("scipy.signal.kaiser", windows.kaiser, raising=False)
-        module = pytest.importorskip("parallel_wavegan.layers.residual_block")
+    """From the package where it is installed: much is installed with it."""
     sizes = {"residual_channels": 16, "gate_channels": 32, "skip_channels": 12, "aux_channels": 5, "dilation": 3}
-    return module.WaveNetResidualBlock(**(sizes | options))
+    cls: Any = ParallelWaveGANBlock
+    if importlib.util.find_spec("parallel_wavegan") is not None:
+        windows = importlib.import_module("scipy.signal.windows")
+        with pytest.MonkeyPatch.context() as patch:  # it imports a name that scipy has moved
+            patch.setattr("scipy.signal.kaiser", windows.kaiser, raising=False)
+            cls = importlib.import_module("parallel_wavegan.layers.residual_block").WaveNetResidualBlock
+    return cls(**(sizes | options))
 
 
 def torchmil_pool(**options: Any) -> nn.Module:
-    module = pytest.importorskip("torchmil.nn.attention.attention_pool", reason="torchmil is not installed")
+    module = pytest.importorskip(
+        "torchmil.nn.attention.attention_pool", reason="torchmil is not installed: pip install '.[peers]'"
+    )
     return module.AttentionPool(**({"in_dim": 20, "att_dim": 12} | options))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer and its arguments by a function that draws; operators: calls of ours in one forward."""
+    """A layer and its arguments by a function that draws. calls: of ours, in one forward. called: layers
+    inside that our forward calls as modules, and what is in them."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[Callable[..., Tensor], int, int], tuple[Any, ...]]
     operator: str
     calls: int
+    called: tuple[str, ...] = ()
 
 
 def _mask(draw: Callable[..., Tensor], batch: int, length: int) -> Tensor:
@@ -155,7 +107,38 @@ def _alone(draw: Callable[..., Tensor], batch: int, length: int) -> tuple[Any, .
     return (draw(batch, 24, length),)
 
 
+def _tokens(draw: Callable[..., Tensor], batch: int, length: int, pads: int) -> Tensor:
+    """Of a vocabulary of 40 whose token 1 is padding: that many on the left, times the sequence's number."""
+    tokens = 2 + (draw(batch, length).float().abs() * 9).long()
+    return tokens.masked_fill(torch.arange(length) < pads * torch.arange(batch).unsqueeze(1), 1)
+
+
+def _source(draw: Callable[..., Tensor], batch: int, length: int) -> tuple[Any, ...]:
+    return _tokens(draw, batch, length, 2), None
+
+
+def _target(draw: Callable[..., Tensor], batch: int, length: int) -> tuple[Any, ...]:
+    padding = torch.arange(length + 4) < torch.arange(batch).unsqueeze(1)
+    encoded = draw(batch, length + 4, 20), draw(batch, length + 4, 20)
+    return _tokens(draw, batch, length, 0), {"encoder_out": encoded, "encoder_padding_mask": padding}
+
+
+def fairseq_encoder(p: float = 0.0, norm: str = "weight_norm") -> nn.Module:
+    return FConvEncoder(((24, 3, 1), (24, 4, 1), (16, 3, 2), (16, 1, 0), (16, 5, 1)), 20, p, NORMS[norm])
+
+
+def fairseq_decoder(p: float = 0.0, norm: str = "weight_norm", attention: bool = True) -> nn.Module:
+    attending = (attention, False, attention, False)
+    return FConvDecoder(((24, 3, 1), (24, 2, 0), (16, 3, 1), (16, 1, 2)), 20, p, NORMS[norm], attending)
+
+
+def allennlp_block(p: float = 0.0, direction: str = "forward", norm: str = "weight_norm", *layers: Any) -> nn.Module:
+    return AllenNLPBlock(24, layers or ((4, 24),), direction, p, NORMS[norm])
+
+
 CONV, POOL = "gated_conv1d", "attention_pool"
+ENCODER = "embed_tokens", "embed_positions", "fc1", "fc2", "projections"
+DECODER = *ENCODER, "fc3", "attention"
 CASES: dict[str, Case] = {
     "transformers, plain": Case(lambda: transformers_vits(norm="plain"), _vits, CONV, 3),
     "transformers, weight_norm": Case(lambda: transformers_vits(norm="weight_norm"), _vits, CONV, 3),
@@ -180,6 +163,19 @@ CASES: dict[str, Case] = {
         lambda: DiffWaveBlock(16, 2, 8, 0, NORMS["plain"]), lambda *args: _diffwave(*args)[:2], CONV, 1
     ),
     "DiffSinger": Case(lambda: DiffSingerBlock(16, 4, 8, 5, NORMS["parametrized"]), _diffsinger, CONV, 1),
+    "fairseq, encoder": Case(fairseq_encoder, _source, CONV, 5, ENCODER),
+    "fairseq, encoder, parametrized": Case(lambda: fairseq_encoder(norm="parametrized"), _source, CONV, 5, ENCODER),
+    "fairseq, decoder": Case(fairseq_decoder, _target, CONV, 4, DECODER),
+    "fairseq, decoder, plain, no attention": Case(
+        lambda: fairseq_decoder(norm="plain", attention=False), lambda *args: _source(*args)[:1], CONV, 4, DECODER
+    ),
+    "AllenNLP": Case(allennlp_block, _alone, CONV, 1),
+    "AllenNLP, backward": Case(
+        lambda: allennlp_block(0.0, "backward", "parametrized", (2, 24, 4)), _alone, CONV, 1
+    ),
+    "AllenNLP, backward, three convolutions": Case(
+        lambda: allennlp_block(0.0, "backward", "plain", (1, 12), (5, 12), (1, 24)), _alone, CONV, 3
+    ),
     "torchmil": Case(torchmil_pool, _bags, POOL, 1),
     "torchmil, gated": Case(lambda: torchmil_pool(gated=True), _bags, POOL, 1),
     "torchmil, relu": Case(lambda: torchmil_pool(act="relu"), lambda *args: _bags(*args)[:1], POOL, 1),
@@ -207,12 +203,17 @@ def inputs(name: str, dtype: torch.dtype, batch: int = 3, length: int = 23) -> t
 
 
 def results(layer: nn.Module, args: tuple[Any, ...], **options: Any) -> dict[str, Tensor]:
-    """Outputs, and gradients of parameters and of the first argument."""
-    x = args[0].detach().clone().requires_grad_()
+    """Outputs, and gradients of parameters and of all arguments that have some."""
+    args = tree_map(lambda t: t.detach().clone().requires_grad_() if is_floating(t) else t, args)
     layer.zero_grad()
-    made = layer(x, *args[1:], **options)
-    outputs = made if isinstance(made, tuple) else (made,)
+    outputs = [t for t in tree_leaves(layer(*args, **options)) if is_floating(t)]
     trained = [t for t in outputs if t.requires_grad]
     torch.autograd.backward(trained, [torch.linspace(-1, 2, t.numel()).view(t.shape).bfloat16().to(t) for t in trained])
-    found = {f"output {i}": t.detach() for i, t in enumerate(outputs)} | {"dx": x.grad}
+    found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+    given = [t for t in tree_leaves(args) if is_floating(t)]
+    found |= {f"gradient of argument {i}": t.grad for i, t in enumerate(given) if t.grad is not None}
     return found | {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+
+
+def is_floating(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point()
