@@ -1,5 +1,6 @@
 """Layers of other packages before and after `fuse`: ``python -m bench fuse``. Cases of packages that are not installed
-are left out. The layers come as their packages make them, with one random draw of weights."""
+are left out; of packages that cannot be, the layers are those written anew for the tests (tests/fuse_blocks.py). All
+come as they are made, with one random draw of weights."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pykernels import fuse
 
@@ -24,7 +26,10 @@ NAME = "fuse"
 
 @dataclass(frozen=True)
 class Case:
-    """make(the package's class); shapes of the arguments; terms: products in the longest sum; flops of a forward."""
+    """make(the package's class); shapes of the arguments; terms: products in the longest sum; flops of a forward.
+
+    drawn: so many of the arguments are, the others are masks of ones. tokens: the first is, below that number.
+    """
 
     name: str
     cls: str
@@ -32,6 +37,8 @@ class Case:
     shapes: tuple[tuple[int, ...], ...]
     terms: int
     flops: float
+    drawn: int = 1
+    tokens: int = 0
 
 
 def _vits(layers: int, length: int) -> Case:
@@ -68,6 +75,51 @@ def _torchmil(rows: int, width: int, hidden: int, gated: bool) -> Case:
     return Case(name, cls, make, ((1, rows, width),), max(rows, width), 2.0 * products)
 
 
+def _block(
+    title: str, cls: str, make: Callable[[Any], nn.Module], shapes: tuple[tuple[int, ...], ...], products: int
+) -> Case:
+    """A block of tests/fuse_blocks.py, with `products` for each of the last argument's positions."""
+    *_, length = shapes[0]
+    total = shapes[0][0] * length * products
+    return Case(title, f"tests.fuse_blocks.{cls}", make, shapes, 1536, 2.0 * total, len(shapes))
+
+
+def _parallel_wavegan(length: int) -> Case:
+    products = 64 * 3 * 128 + 80 * 128 + 64 * 128
+    shapes = ((1, 64, length), (1, 80, length))
+    name = f"Parallel WaveGAN's block C64 K3 d16, T{length}"
+    return _block(name, "ParallelWaveGANBlock", lambda cls: cls(dilation=16), shapes, products)
+
+
+def _diffusion(name: str, cls: str, width: int, dilation: int, cond: int, length: int) -> Case:
+    """The arguments after x in the order of the class."""
+    products = width * 3 * 2 * width + cond * 2 * width + width * 2 * width
+    others = ((1, 512), (1, cond, length))
+    shapes = ((1, width, length), *(others if cls == "DiffWaveBlock" else reversed(others)))
+    title = f"{name}'s block C{width} K3 d{dilation}, T{length}"
+    return _block(title, cls, lambda c: c(width, dilation, 512, cond, lambda m, **_: m), shapes, products)
+
+
+def _fairseq(layers: int, batch: int, length: int) -> Case:
+    def make(cls: Any) -> nn.Module:
+        norm = torch.nn.utils.parametrizations.weight_norm
+        return cls(((512, 3, 1),) * layers, 512, 0.0, norm)
+
+    products = batch * length * (layers * 512 * 3 * 1024 + 2 * 512 * 512)
+    name = f"fairseq's FConvEncoder C512 K3, {layers} layers, B{batch} T{length}"
+    encoder = "tests.fuse_blocks.FConvEncoder"
+    return Case(name, encoder, make, ((batch, length), (1,)), 1536, 2.0 * products, tokens=38)
+
+
+def _allennlp(batch: int, length: int) -> Case:
+    name = f"AllenNLP's block C512 K3 d2, B{batch} T{length}"
+    norm = torch.nn.utils.parametrizations.weight_norm
+    shapes = ((batch, 512, length),)
+    return _block(
+        name, "AllenNLPBlock", lambda cls: cls(512, ((3, 512, 2),), "forward", 0.0, norm), shapes, 512 * 3 * 1024
+    )
+
+
 CASES = (
     _vits(4, 100),
     _vits(4, 1000),
@@ -78,8 +130,13 @@ CASES = (
     _torchmil(1_000, 512, 128, True),
     _torchmil(10_000, 1024, 256, True),
     _torchmil(100_000, 512, 128, False),
+    _parallel_wavegan(22_050),
+    _diffusion("DiffWave", "DiffWaveBlock", 64, 16, 80, 22_050),
+    _diffusion("DiffSinger", "DiffSingerBlock", 256, 4, 256, 1000),
+    _fairseq(4, 8, 100),
+    _allennlp(8, 100),
 )
-QUICK_CASES = (CASES[1], CASES[4], CASES[7])
+QUICK_CASES = (CASES[1], CASES[4], CASES[7], CASES[9], CASES[12])
 
 
 def _class(case: Case) -> Any:
@@ -92,7 +149,7 @@ def _class(case: Case) -> Any:
 
 
 class Problem:
-    """The same layer as it was and fused, and its arguments; masks are of ones."""
+    """The same layer as it was and fused, and its arguments."""
 
     def __init__(self, case: Case, dtype: torch.dtype) -> None:
         torch.manual_seed(41)
@@ -100,27 +157,29 @@ class Problem:
         self.fused = case.make(_class(case)).to(dtype)
         self.fused.load_state_dict(self.own.state_dict())
         fuse(self.fused)
-        x, *masks = case.shapes
-        self.x = torch.randn(x).to(dtype)
-        self.others = [torch.ones(shape, dtype=dtype) for shape in masks]
+        drawn, masks = case.shapes[: case.drawn], case.shapes[case.drawn :]
+        self.arguments = [torch.randn(shape).to(dtype) for shape in drawn]
+        self.arguments += [torch.ones(shape, dtype=dtype) for shape in masks]
+        if case.tokens:
+            self.arguments[0] = torch.randint(2, case.tokens, case.shapes[0])
 
     def forward(self, layer: nn.Module) -> Tensor:
-        """The first output: the skip connection where there are several."""
-        out = layer(self.x, *self.others)
-        return out[0] if isinstance(out, tuple) else out
+        """The first output of several."""
+        return tree_leaves(layer(*self.arguments))[0]
 
     def gradients(self, layer: nn.Module) -> dict[str, Tensor]:
-        wanted = {n: p for n, p in layer.named_parameters() if "residual" not in n}
+        wanted = dict(layer.named_parameters())
         y = self.forward(layer)
-        grads = torch.autograd.grad(y, list(wanted.values()), torch.ones_like(y))
-        return {"y": y.detach()} | {f"d{n}": t for n, t in zip(wanted, grads, strict=True)}
+        grads = torch.autograd.grad(y, list(wanted.values()), torch.ones_like(y), allow_unused=True)
+        found = {f"d{n}": t for n, t in zip(wanted, grads, strict=True) if t is not None}
+        return {"y": y.detach()} | found
 
 
 def run_case(case: Case, session: Session, result: Result) -> None:
     session.tick("checking")
     problem, exact = Problem(case, DTYPES[result.dtype]), Problem(case, torch.float64)
     exact.own.load_state_dict(problem.own.state_dict())
-    exact.x = problem.x.double()
+    exact.arguments = [t.double() if t.is_floating_point() else t for t in problem.arguments]
     terms = dict.fromkeys(problem.gradients(problem.own), case.terms)
     found = (problem.gradients(problem.fused), problem.gradients(problem.own), exact.gradients(exact.own))
     if failure := gate.compare(*found, terms):
