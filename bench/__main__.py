@@ -33,6 +33,7 @@ examples:
   python -m bench gated_conv --device cuda --quick   the GPU: CUDA kernels against eager, compiled and bare GEMMs
   python -m bench gated_conv --model gpu --quick     no GPU needed: bytes that the CUDA kernels move, counted on
                                                      the CPU, and the least time that A100, H100 and H200 take
+  python -m bench lora_linear --model gpu-triton     the same of Triton's kernels
 
 exit codes:
   0    every case passed its correctness gate (a missed bar is reported, and changes nothing here)
@@ -83,7 +84,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     p.add_argument("--tier", choices=BASELINE_CAPS, help="our kernels of this tier, torch held to its instructions")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure (default cpu)")
-    p.add_argument("--model", choices=("gpu",), help="count the traffic of the CUDA kernels and measure nothing")
+    counted = "count the traffic of the CUDA or Triton kernels and measure nothing"
+    p.add_argument("--model", choices=("gpu", "gpu-triton"), help=counted)
     p.add_argument("--json", type=_writable, metavar="F", help="write all numbers to this file")
     p.add_argument("--plot", type=_writable, metavar="F.png", help="write a picture to this file (needs matplotlib)")
     return p
@@ -121,21 +123,24 @@ def _on_cuda(
 def _model(p: argparse.ArgumentParser, args: argparse.Namespace, modules: list[str], argv: Sequence[str]) -> int:
     """The cases of those bench files that have some for the model of a GPU."""
     if args.device != "cpu" or args.tier or args.plot or args.threads:
-        p.error("--model gpu: goes with --dtype, --case, --list, --quick and --json alone")
-    from . import gpu_model, on_cuda
+        p.error(f"--model {args.model}: goes with --dtype, --case, --list, --quick and --json alone")
+    from . import gpu_model, gpu_model_triton, on_cuda
 
-    if reason := gpu_model.unavailable():
-        p.error(f"--model gpu: {reason}")
+    of_triton = args.model == "gpu-triton"
+    if reason := (gpu_model_triton if of_triton else gpu_model).unavailable():
+        p.error(f"--model {args.model}: {reason}")
     dtypes = [name for name in on_cuda.DTYPES if args.dtype is None or name.replace("tf32", "fp32") in args.dtype]
     found = [importlib.import_module(name) for name in modules]
     able = [module for module in found if hasattr(module, "model_cases")]
     cases = [case for module in able for case in module.model_cases(dtypes, args.quick)]
     todo = [case for case in cases if args.case is None or args.case in case.name]
     if not todo:
-        p.error("--model gpu: no case of these operators and this text")
+        p.error(f"--model {args.model}: no case of these operators and this text")
     if args.list:
         print("\n".join(f"{case.operator}  {case.dtype}  {case.name}  {case.title}" for case in todo))
         return 0
+    if of_triton:
+        return gpu_model.run(todo, args.json, argv, gpu_model_triton.count, "Triton")
     return gpu_model.run(todo, args.json, argv)
 
 

@@ -149,7 +149,7 @@ def model_case(units: int, dtype: str, mode: str) -> gpu_model.Case:
     def call(n: int) -> Call:
         problem = Problem(Shape(n * UNIT, 1), DTYPES[dtype])
         problem.masks = [mask.repeat(n)]
-        optimizer = problem.ours(mode, backend="cpu")
+        optimizer = problem.ours(mode)
         optimizer.step()  # makes the state
         return optimizer.step
 

@@ -6,7 +6,6 @@ The adapter beside a frozen layer is what is added: the bars are multiples of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -42,7 +41,6 @@ QUICK_SHAPES = (SQUARE, WIDE, DECODE)
 CUDA_QUICK_SHAPES = (WIDE, Shape(4096, 4096, 4096, 16), DECODE)
 CUDA_SHAPES = (*CUDA_QUICK_SHAPES, SQUARE, Shape(8192, 4096, 14336, 64), Shape(8, 4096, 4096, 16))
 EMULATED = gpu_model.Emulated("lora_linear", {"_fwd": "_lora_linear_fwd", "_bwd": "_lora_linear_bwd"})
-UNIT = 256  # rows, the model counts them: a multiple of every tile's
 FEW = tuple(Shape(m, 1024, 1024, 8) for m in (1, 2, 4, 8, 16, 32, 64, 128))
 TINY = Shape(2, 4, 4, 2)
 MULTI = Shape(2048, 768, 3072, 8)
@@ -308,37 +306,35 @@ def _check_emulated(dtype: str) -> None:
     _require(gate.compare(got, {n: t.float() for n, t in coarse.items()}, exact, problem.shape.terms), OURS)
 
 
-def model_case(shape: Shape, dtype: str, exact: bool = False, training: bool = False) -> gpu_model.Case:
-    """Of UNIT rows each; training is counted for 2, as partial sums of the adapter's gradients are not linear in them.
+def model_case(
+    shape: Shape, dtype: str, exact: bool = False, training: bool = False, dropout: float = DROPOUT
+) -> gpu_model.Case:
+    """Executed whole: how the narrow product is cut depends on the number of rows. exact: adapters of float32."""
 
-    exact: adapters of float32.
-    """
-
-    def problem(n: int, device: str = "cpu") -> Problem:
-        return Problem(replace(shape, M=min(n * UNIT, shape.M)), on_cuda.DTYPES[dtype], exact, device)
+    def problem(device: str = "cpu") -> Problem:
+        return Problem(shape, on_cuda.DTYPES[dtype], exact, device)
 
     def bind(call: Callable[..., Tensor], p: Problem) -> Call:
         call = partial(call, p.weight)
         return _training(call, p) if training else torch.no_grad()(partial(call, **p.inputs))
 
     def compulsory(n: int) -> int:
-        p = problem(n, "meta")
+        p = problem("meta")
         x, y, adapter = p.inputs["x"].nbytes, p.dy.nbytes, p.inputs["lora_a"].nbytes + p.inputs["lora_b"].nbytes
         forward = x + p.weight.nbytes + adapter + y
         if not training:
             return forward
-        kept = p.shape.M * (4 * shape.R + shape.K // 8)  # S and a bit of dropout an element of x, written and read
+        kept = shape.M * (4 * shape.R + shape.K // 8)  # S and a bit of dropout an element of x, written and read
         return 2 * forward + x + adapter + 2 * kept  # backward reads x too, and writes the adapter's gradients
 
-    units = -(-shape.M // UNIT)
-    title = ("forward + backward" if training else "forward") + ", fp32 adapter" * exact
+    title = "forward + backward" if training else "forward"
+    title += ", fp32 adapter" * exact + ", no dropout" * (not dropout)
     return gpu_model.Case(
-        NAME, shape.name, dtype, title, EMULATED, units,
-        call=lambda n: bind(partial(ours, seed=41), problem(n)), check=partial(_check_emulated, dtype),
-        eager=lambda n: bind(lambda w, **t: eager(w, DROPOUT, **t), problem(n, "meta")), compulsory=compulsory,
-        products=lambda n: replace(shape, M=min(n * UNIT, shape.M)).flops * (2 if training else 1),
-        counted=(min(2, units),) if training or units < 3 else gpu_model.COUNTED,
-        bar=None if training or units == 1 else 1.5, unit=f"times {UNIT} rows",
+        NAME, shape.name, dtype, title, EMULATED, 1,
+        call=lambda n: bind(partial(ours, dropout=dropout, seed=41), problem()), check=partial(_check_emulated, dtype),
+        eager=lambda n: bind(lambda w, **t: eager(w, dropout, **t), problem("meta")), compulsory=compulsory,
+        products=lambda n: shape.flops * (2 if training else 1), counted=(1,), whole=not training,
+        bar=None if training or shape.M == 1 else 1.5,
     )  # fmt: skip
 
 
@@ -348,6 +344,7 @@ def model_cases(dtypes: Sequence[str], quick: bool) -> list[gpu_model.Case]:
         for shape in (SQUARE,) if quick else (SQUARE, WIDE, Shape(1, 1024, 1024, 8)):
             exact = (False, True) if dtype in ("bf16", "fp16") and shape != WIDE else (False,)
             found += [model_case(shape, dtype, e) for e in exact]
+        found.append(model_case(SQUARE, dtype, dropout=0.0))
         found.append(model_case(SQUARE, dtype, training=True))
     return found
 

@@ -5,7 +5,7 @@ tiles that the whole batch has on PROCESSORS multiprocessors. For each launcher 
 
     asked     sectors of 32 bytes that warps ask for, what L2 has to serve
     moved     distinct sectors, what memory has to serve if L2 keeps all while the launcher's kernels run, and nothing
-              from one launcher to the next
+              from one launcher to the next (for cases that ask so, also if L2 keeps all of the call)
     products  operations of tensor cores; with dtype fp32 those of the float32 units, all of them
     fp32      with other dtypes the operations of the float32 units beside them
 
@@ -111,6 +111,7 @@ class Case:
     counted: tuple[int, ...] = COUNTED
     bar: float | None = None
     unit: str = "sequences"
+    whole: bool = False  # count also what the call moves if L2 keeps all of it
 
     @property
     def reported(self) -> int:
@@ -125,6 +126,7 @@ class Estimate:
     operations: list[tuple[str, Work]] = field(default_factory=list)
     compulsory: Work = field(default_factory=Work)
     deviation: float = 0.0
+    kept: int | None = None  # bytes moved if L2 keeps all of the call
 
     @property
     def ours(self) -> Work:
@@ -157,7 +159,7 @@ def unavailable() -> str | None:
     return ptx_on_cpu.unavailable()
 
 
-def _work(counts: Mapping[str, int], dtype: str) -> Work:
+def work_of(counts: Mapping[str, int], dtype: str) -> Work:
     read, written = counts["global_read_sectors"], counts["global_write_sectors"]
     distinct = counts["unique_read_sectors"] + counts["unique_write_sectors"]
     products, fp32 = counts["tensor_flops"], counts["fp32_flops"]
@@ -175,13 +177,15 @@ def _replaced(case: Case, operators: Any) -> Iterator[None]:
         yield
 
 
-def count(case: Case, check: bool = True) -> list[dict[str, Work]]:
-    """What each launcher does for each of case.counted; with `check` after case.check()."""
+def count(case: Case, check: bool = True) -> tuple[list[dict[str, Work]], int | None]:
+    """What each launcher does for each of case.counted, with `check` after case.check(); for case.whole, the bytes of
+    the distinct sectors of the last of these calls."""
     from tests.emulated_cuda import build_operator
     from tests.ptx_on_cpu.torch_glue import count_launchers
 
     library = build_operator(case.emulated.name, "80", count=True)
     found: list[dict[str, Work]] = []
+    kept = None
     with _replaced(case, getattr(torch.ops, library.namespace)):
         if check:
             case.check()
@@ -194,8 +198,14 @@ def count(case: Case, check: bool = True) -> list[dict[str, Work]]:
                 call()
             found.append({})
             for name, counts in launchers:
-                found[-1][name] = found[-1].get(name, Work()) + _work(counts, case.dtype)
-    return found
+                found[-1][name] = found[-1].get(name, Work()) + work_of(counts, case.dtype)
+        if case.whole:
+            with library.runtime.options(capability=80, processors=processors):
+                library.runtime.reset_counters()
+                call()
+                counts = library.runtime.counters()
+            kept = SECTOR * (counts["unique_read_sectors"] + counts["unique_write_sectors"])
+    return found, kept
 
 
 def extrapolate(
@@ -221,6 +231,9 @@ def extrapolate(
 def _blend(first: Work, second: Work, share: float) -> Work:
     a, b = asdict(first), asdict(second)
     return Work(**{name: a[name] + share * (b[name] - a[name]) for name in a})
+
+
+Counter = Callable[[Case, bool], tuple[list[dict[str, Work]], int | None]]
 
 
 # --- what eager PyTorch does ---
@@ -273,10 +286,11 @@ def operations(call: Call) -> list[tuple[str, Work]]:
 # --- the report ---
 
 
-def estimate(case: Case, check: bool = True) -> Estimate:
-    found = count(case, check)
+def estimate(case: Case, check: bool = True, counter: Counter = count) -> Estimate:
+    found, kept = counter(case, check)
     n = case.reported
-    result = Estimate(found[0], operations(case.eager(n)), Work(0, case.compulsory(n), case.products(n)))
+    compulsory = Work(0, case.compulsory(n), case.products(n))
+    result = Estimate(found[0], operations(case.eager(n)), compulsory, kept=kept)
     if len(case.counted) > 1:
         result.launchers, result.deviation = extrapolate(found, case.counted, case.units)
     return result
@@ -318,6 +332,9 @@ def text(case: Case, result: Estimate) -> str:
     if case.bar is not None:
         line += f" (bar <= {case.bar:.2f}x): {'PASS' if result.ratio <= case.bar else 'MISS'}"
     saved, more = result.ours.asked / result.ours.moved, result.eager.moved / result.ours.moved
+    if result.kept is not None:
+        kept = result.kept / result.compulsory.moved
+        lines.append(f"    {kept:.2f}x if L2 keeps the call's {bytes_text(result.kept)}")
     lines.append(f"    {line}; asks L2 for {saved:.2f}x of what it moves; eager moves {more:.1f}x of ours")
     return "\n".join([*lines, ""])
 
@@ -329,14 +346,14 @@ def numbers(case: Case, result: Estimate) -> dict[str, Any]:
         "reported": case.reported, "counted": list(case.counted), "deviation": result.deviation,
         "launchers": {name: asdict(work) for name, work in result.launchers.items()},
         "eager": [{"operation": name, **asdict(work)} for name, work in result.operations],
-        "compulsory": asdict(result.compulsory), "ratio": result.ratio, "bar": case.bar,
+        "compulsory": asdict(result.compulsory), "ratio": result.ratio, "bar": case.bar, "kept": result.kept,
         "model_seconds": {gpu.name: result.seconds(gpu, case.dtype) for gpu in GPUS}, "failure": None,
     }  # fmt: skip
 
 
 HEAD = f"""\
-A MODEL, NOT A MEASUREMENT: no GPU was used. Bytes and operations are counted while the PTX of the CUDA kernels runs on
-the CPU; a time is the least one that a GPU's published bandwidth and dense peaks allow (roofline).
+A MODEL, NOT A MEASUREMENT: no GPU was used. Bytes and operations are counted while the PTX of the {{kernels}} kernels
+runs on the CPU; a time is the least one that a GPU's published bandwidth and dense peaks allow (roofline).
 Kernels of compute capability 8.0 in all columns, tiles as for {PROCESSORS} multiprocessors.
   bytes moved     to and from memory, if L2 keeps all while a launcher runs and nothing between launchers
   bytes asked     of L2, in sectors of {SECTOR} bytes
@@ -344,9 +361,15 @@ Kernels of compute capability 8.0 in all columns, tiles as for {PROCESSORS} mult
 """
 
 
-def run(cases: Sequence[Case], json_path: Path | None = None, arguments: Sequence[str] = ()) -> int:
+def run(
+    cases: Sequence[Case],
+    json_path: Path | None = None,
+    arguments: Sequence[str] = (),
+    counter: Counter = count,
+    kernels: str = "CUDA",
+) -> int:
     """Counts and prints all cases. 1 where those of one are wrong or fail, else 0; a missed bar changes nothing."""
-    print(HEAD, flush=True)
+    print(HEAD.format(kernels=kernels), flush=True)
     results: list[dict[str, Any]] = []
     checked: set[tuple[str, str]] = set()  # an operator's cases of one dtype have the same check
     before = torch.get_float32_matmul_precision()
@@ -354,7 +377,7 @@ def run(cases: Sequence[Case], json_path: Path | None = None, arguments: Sequenc
         for case in cases:
             torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
             try:
-                result = estimate(case, (case.operator, case.dtype) not in checked)
+                result = estimate(case, (case.operator, case.dtype) not in checked, counter)
                 checked.add((case.operator, case.dtype))
                 results.append(numbers(case, result))
                 print(text(case, result), flush=True)
@@ -365,7 +388,7 @@ def run(cases: Sequence[Case], json_path: Path | None = None, arguments: Sequenc
     finally:
         torch.set_float32_matmul_precision(before)
         if json_path:
-            head = {"model": "gpu", "processors": PROCESSORS, "gpus": [asdict(gpu) for gpu in GPUS]}
+            head = {"model": "gpu", "kernels": kernels, "processors": PROCESSORS, "gpus": [asdict(gpu) for gpu in GPUS]}
             head |= {"arguments": list(arguments), "complete": len(results) == len(cases), "results": results}
             json_path.write_text(json.dumps(head, indent=1) + "\n")
     return 1 if any(result["failure"] for result in results) else 0

@@ -81,13 +81,24 @@ def test_what_lora_linear_has_to_move() -> None:
     shape = bench_lora_linear.Shape(1000, 64, 96, 4)
     x, y, weight, adapter = 64, 96, 64 * 96, 4 * (64 + 96)
     forward, exact = (bench_lora_linear.model_case(shape, "bf16", exact) for exact in (False, True))
-    assert forward.units == 4 and forward.compulsory(3) == 2 * (768 * (x + y) + weight + adapter)
-    assert forward.compulsory(4) == 2 * (1000 * (x + y) + weight + adapter)  # rows there are
+    assert forward.reported == 1 and forward.compulsory(1) == 2 * (1000 * (x + y) + weight + adapter)
     assert exact.compulsory(1) - forward.compulsory(1) == 2 * adapter
     training = bench_lora_linear.model_case(shape, "bf16", training=True)
-    kept = 256 * (4 * 4 + 64 // 8)
-    assert training.compulsory(1) == 2 * (256 * (3 * x + 2 * y) + 2 * weight + 3 * adapter) + 2 * kept
-    assert forward.products(4) == 2 * 1000 * 64 * 96 and training.products(4) == 2 * forward.products(4)
+    kept = 1000 * (4 * 4 + 64 // 8)
+    assert training.compulsory(1) == 2 * (1000 * (3 * x + 2 * y) + 2 * weight + 3 * adapter) + 2 * kept
+    assert forward.products(1) == 2 * 1000 * 64 * 96 and training.products(1) == 2 * forward.products(1)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_lora_linear_without_dropout_keeps_no_partial_sums_of_many_rows() -> None:
+    shape = bench_lora_linear.Shape(4096, 256, 64, 4)
+    case = bench_lora_linear.model_case(shape, "bf16", dropout=0.0)
+    found = gpu_model.estimate(case, check=False)
+    x, s, expanded = 4096 * 256 * 2, 4096 * 4 * 4, 4096 * 8 * 2
+    factors = 2 * 4 * 256 * 2  # arranged for a tile of 32 columns, of which 4 exist
+    assert x + s + expanded < found.launchers["lora_linear_shrink"].moved < x + s + expanded + factors
+    assert found.kept == found.ours.moved - x, "the product reads x again"
 
 
 def arguments(path: Path) -> list[str]:
@@ -141,6 +152,20 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as error:
             command.main(["--model", "gpu", *wrong])
         assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(ptx_on_cpu.unavailable(cuda=False)), reason=f"{ptx_on_cpu.unavailable(cuda=False)}")
+def test_kernels_of_triton(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    path = tmp_path / "now.json"
+    given = ["child_update", "--model", "gpu-triton", "--dtype", "bf16", "--case", "parameters", "--json", str(path)]
+    assert command.main(given) == 0
+    assert "PTX of the Triton kernels" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    drawn, stored = written["results"]
+    assert written["kernels"] == "Triton" and set(drawn["launchers"]) == {"child_update"} and drawn["deviation"] == 0
+    assert 1 <= drawn["ratio"] < 1.01 and 1 <= stored["ratio"] < 1.15
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,7 @@ def test_sizes(dtype: str, emulated: str) -> None:
         LoraCase(leading=(20,), K=40, N=33, R=70, dropout=0.2, float_adapters=True), LoraCase(R=0, dropout=0.5),
         LoraCase(()), LoraCase((), E=2), LoraCase(leading=(0,)), LoraCase(leading=(4, 0), E=2), LoraCase(K=0),
         LoraCase(K=0, E=2, scales=True, dropout=0.1), LoraCase(N=0), LoraCase(leading=(20,), R=0, E=2),
+        LoraCase(leading=(40,), K=520, N=264, R=5), LoraCase(leading=(20,), K=264, N=33, R=24, float_adapters=True),
     ):  # fmt: skip
         check_case(case, FLOATS[dtype], emulated)
 

@@ -77,7 +77,7 @@ class CudaLoraCall : public LoraLinearArguments {
     return broken_.defined() ? broken_[factor == Factor::a ? 0 : 1].mutable_data_ptr<int32_t>() : nullptr;
   }
   // How the work is cut, and room for its partial results.
-  at::Tensor cut(cuda::LoraShrink& p) const;
+  at::Tensor cut(cuda::LoraShrink& p, bool at_once) const;
   at::Tensor cut(cuda::LoraSums& p, const at::Tensor& to, bool by_adapter) const;
   void sums(cuda::LoraSums p, const at::Tensor& to, bool by_adapter);
   void product(cuda::LoraProduct p);
@@ -136,15 +136,18 @@ const void* CudaLoraCall::arrange(Factor factor, bool expand, int64_t width) {
   return p.to;
 }
 
-at::Tensor CudaLoraCall::cut(cuda::LoraShrink& p) const {
-  // As many blocks as occupy a large device, of at least four steps each. Depends on sizes alone, since sums are cut there.
-  constexpr int64_t kBlocks = 512, kTileRows = 64, kTileColumns = 32, kLeastWidth = 128;
+at::Tensor CudaLoraCall::cut(cuda::LoraShrink& p, bool at_once) const {
+  // A block for each multiprocessor of a large device, of at least four steps; where results may be written at once and no random bits are
+  // to be computed, as many as keep its memory busy. Depends on sizes alone, since sums are cut there.
+  constexpr int64_t kTileRows = 64, kTileColumns = 32, kLeastWidth = 128;
+  const int64_t blocks = at_once && !p.drop ? 64 : 128;
   const int64_t columns = cuda::shrink_terms(call) * call.rank;
   const int64_t tiles = ((call.rows + kTileRows - 1) / kTileRows) * ((columns + kTileColumns - 1) / kTileColumns);
-  const int64_t splits = std::clamp<int64_t>(kBlocks / tiles, 1, std::max<int64_t>(1, p.rows.width / kLeastWidth));
+  const int64_t splits = std::clamp<int64_t>(blocks / tiles, 1, std::max<int64_t>(1, p.rows.width / kLeastWidth));
   p.call = call;
   p.split_width = cuda::round_up((p.rows.width + splits - 1) / splits, 64);
   p.splits = std::max<int64_t>(1, (p.rows.width + p.split_width - 1) / p.split_width);
+  if (at_once && p.splits == 1 && columns <= cuda::kMostWhole) return {};
   const at::Tensor partials = floats({p.splits, call.rows, columns});
   p.partials = partials.mutable_data_ptr<float>();
   return partials;
@@ -188,7 +191,7 @@ void CudaLoraCall::forward(const LoraRows& x, const at::Tensor& y, const at::Ten
     low.multiplier = low.drop ? static_cast<float>(call.keep_scale) : 1.f;
     low.v = s.mutable_data_ptr<float>();
     low.expanded = expanded.mutable_data_ptr();
-    const at::Tensor partials = cut(low);
+    const at::Tensor partials = cut(low, true);
     check_cuda(cuda::pykernels_cuda_lora_linear_shrink(&low, stream_), "lora_linear_shrink");
     p.expanded = low.expanded;
   }
@@ -250,7 +253,7 @@ void CudaLoraCall::backward(const at::Tensor& dy, const LoraRows& x, const at::T
       low.expand_broken = broken(Factor::a);
     }
     if (da.numel() > 0) low.summed = (ds = expanded_rows()).mutable_data_ptr();
-    low_partials = cut(low);
+    low_partials = cut(low, false);
   }
   if (wants_b) {
     scaled_s = expanded_rows();

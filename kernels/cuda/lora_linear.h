@@ -58,13 +58,17 @@ struct LoraArrange {
   int32_t* broken;
 };
 
+constexpr int64_t kMostWhole = 64;
+
 // Rows times a factor, and what follows from it: v = multiplier * (rows, dropped out of if `drop`) factor^T.
 struct LoraShrink {
   LoraCall call;
   LoraRows rows;
   bool drop;
   const void* factor;  // arranged
-  float* partials;     // [splits, rows, shrink_terms * rank]: over split_width columns each
+  // [splits, rows, shrink_terms * rank]: over split_width columns each. Null: one split, and at most kMostWhole such columns, whose results
+  // are written at once, by pykernels_cuda_lora_linear_shrink.
+  float* partials;
   int64_t splits, split_width;
   float multiplier;
   // What arranging marked of the factor here and of that in the product, or null: rows of these adapters are NaN.

@@ -40,7 +40,9 @@ cudaError_t shrink(const LoraShrink& p, cudaStream_t stream) {
 
 template <class T>
 cudaError_t spread(const LoraShrink& p, cudaStream_t stream) {
-  return launch_spread<T>(p, 1, stream);
+  LoraTerms terms = terms_of(p.call);
+  terms.summed = 1;  // v has been summed
+  return launch_spread<T>(p, terms, stream);
 }
 
 template <class Tile>

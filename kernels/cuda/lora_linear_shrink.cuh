@@ -48,12 +48,62 @@ __global__ void __launch_bounds__(256) lora_arrange_kernel(const __grid_constant
   static_cast<T*>(p.to)[index] = value;
 }
 
-// One tile of the partial results of one split, which have `columns`.
-template <class Tile>
-__device__ __forceinline__ void shrink_tile(const LoraShrink& p, int64_t columns, int64_t row_tile, int64_t column_tile, int64_t split,
-                                            LoraParts<Tile>& parts, char* shared) {
+// Of the factor that rows are shrunk with, and of the results in the product.
+struct LoraTerms {
+  int summed, expanded;
+  int64_t width;
+};
+
+inline LoraTerms terms_of(const LoraCall& c) { return {int(shrink_terms(c)), int(expand_terms(c)), expand_width(c)}; }
+
+// The results of one slot of a row's expand_width. sum(term, r): of the products with that term of column r of the factor.
+template <class T, class Sum>
+__device__ __forceinline__ void spread(const LoraShrink& p, const LoraTerms& terms, int64_t row, int64_t slot, Sum sum) {
+  const int64_t rank = p.call.rank;
+  T expanded = from_float<T>(0.f), summed = expanded;
+  if (slot < terms.expanded * rank) {
+    float v = 0.f, unlift = 1.f;
+    for (int term = 0; term < terms.summed; term++) {
+      v += unlift * sum(term, slot % rank);
+      unlift *= 1.f / kLift<T>;
+    }
+    v *= p.multiplier;
+    const int adapter = adapter_of(p.call, row);
+    if (p.broken && adapter >= 0 && p.broken[adapter]) v = NAN;
+    if (p.v && slot < rank) p.v[row * rank + slot] = v;
+    const int position = int(slot / rank);
+    v *= scale_of(p.call, adapter);
+    summed = term_of<T>(v, position, kLift<T>);
+    if (p.expand_broken && adapter >= 0 && p.expand_broken[adapter]) v = NAN;
+    expanded = term_of<T>(v, row_term(position, terms.expanded), 1.f);
+  }
+  if (p.expanded) static_cast<T*>(p.expanded)[row * terms.width + slot] = expanded;
+  if (p.summed) static_cast<T*>(p.summed)[row * terms.width + slot] = summed;
+}
+
+// Adds the partials in their order, and writes the results.
+template <class T>
+__global__ void __launch_bounds__(256)
+    lora_spread_kernel(const __grid_constant__ LoraShrink p, const __grid_constant__ LoraTerms terms, int64_t elements) {
+  const int64_t index = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  if (index >= elements) return;
+  const int64_t row = index / terms.width, columns = terms.summed * p.call.rank;
+  spread<T>(p, terms, row, index % terms.width, [&](int term, int64_t r) {
+    float sum = 0.f;
+    const float* from = p.partials + row * columns + term * p.call.rank + r;
+    for (int64_t split = 0; split < p.splits; split++) sum += from[split * p.call.rows * columns];
+    return sum;
+  });
+}
+
+// One tile of the partial results of one split; where kAtOnce and there is no room for those, the results themselves, of
+// one split and one column tile.
+template <bool kAtOnce, class Tile>
+__device__ __forceinline__ void shrink_tile(const LoraShrink& p, const LoraTerms& terms, int64_t row_tile, int64_t column_tile,
+                                            int64_t split, LoraParts<Tile>& parts, char* shared) {
   using T = typename Tile::Element;
   constexpr int64_t kSize = sizeof(T);
+  const int64_t columns = terms.summed * p.call.rank;
   const int64_t row0 = row_tile * Tile::kRows, column0 = column_tile * Tile::kColumns, begin = split * p.split_width;
   const int64_t end = begin + p.split_width < p.rows.width ? begin + p.split_width : p.rows.width;
 
@@ -69,6 +119,8 @@ __device__ __forceinline__ void shrink_tile(const LoraShrink& p, int64_t columns
                  end * kSize};
     parts.weight = {};
     parts.fallback = static_cast<const char*>(p.rows.data);
+    parts.row0 = row0;
+    parts.column0 = column0;
   }
   parts.adapters.find(p.call, row0);
   LoraSource<Tile> source(parts, count_left<Tile::kRows>(p.call.rows - row0), count_left<Tile::kColumns>(columns - column0));
@@ -79,67 +131,55 @@ __device__ __forceinline__ void shrink_tile(const LoraShrink& p, int64_t columns
   } else {
     continue_product(sums, source, source.low_steps(), shared, [](uint32_t) {});
   }
+  if constexpr (kAtOnce) {
+    if (!p.partials) {
+      float* const whole = reinterpret_cast<float*>(shared);
+      change_sums(sums, [&](int r, int c, const float (&v)[8]) {
+#pragma unroll
+        for (int t = 0; t < 4; t++)
+          *reinterpret_cast<float2*>(whole + r * Tile::kColumns + c + t * 8) = make_float2(v[2 * t], v[2 * t + 1]);
+      });
+      __syncthreads();
+      const int width = int(terms.width);
+#pragma unroll 1
+      for (int index = threadIdx.x; index < Tile::kRows * width; index += Tile::kThreads) {
+        const int r = index / width;
+        if (parts.row0 + r >= p.call.rows) break;
+        spread<T>(p, terms, parts.row0 + r, index % width,
+                  [&](int term, int64_t of) { return whole[r * Tile::kColumns + term * p.call.rank + of]; });
+      }
+      return;
+    }
+  }
   exchange_sums(sums, shared, [&](int r, int c, const float (&v)[8]) {
-    const int n = count_left<8>(columns - column0 - c);
-    if (row0 + r >= p.call.rows || n <= 0) return;
-    store_eight(p.partials + (split * p.call.rows + row0 + r) * columns + column0 + c, v, n, columns % 8 == 0);
+    const int n = count_left<8>(columns - parts.column0 - c);
+    if (parts.row0 + r >= p.call.rows || n <= 0) return;
+    store_eight(p.partials + (split * p.call.rows + parts.row0 + r) * columns + parts.column0 + c, v, n, columns % 8 == 0);
   });
 }
 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
-    lora_shrink_kernel(const __grid_constant__ LoraShrink p, int64_t columns, int column_tiles) {
+    lora_shrink_kernel(const __grid_constant__ LoraShrink p, const __grid_constant__ LoraTerms terms, int column_tiles) {
   extern __shared__ char shared_memory[];
   __shared__ LoraParts<Tile> parts;
-  shrink_tile<Tile>(p, columns, blockIdx.x / column_tiles, blockIdx.x % column_tiles, blockIdx.y, parts,
-                    aligned_shared<Tile>(shared_memory));
-}
-
-// Adds the partials in their order, and writes the results.
-template <class T>
-__global__ void __launch_bounds__(256)
-    lora_spread_kernel(const __grid_constant__ LoraShrink p, int summed_terms, int terms, int64_t width, int64_t elements) {
-  const int64_t index = int64_t(blockIdx.x) * 256 + threadIdx.x, rank = p.call.rank;
-  if (index >= elements) return;
-  const int64_t row = index / width, slot = index % width, columns = summed_terms * rank;
-  T expanded = from_float<T>(0.f), summed = expanded;
-  if (slot < terms * rank) {
-    float v = 0.f, unlift = 1.f;
-    for (int term = 0; term < summed_terms; term++) {
-      float sum = 0.f;
-      const float* from = p.partials + row * columns + term * rank + slot % rank;
-      for (int64_t split = 0; split < p.splits; split++) sum += from[split * p.call.rows * columns];
-      v += unlift * sum;
-      unlift *= 1.f / kLift<T>;
-    }
-    v *= p.multiplier;
-    const int adapter = adapter_of(p.call, row);
-    if (p.broken && adapter >= 0 && p.broken[adapter]) v = NAN;
-    if (p.v && slot < rank) p.v[row * rank + slot] = v;
-    const int position = int(slot / rank);
-    v *= scale_of(p.call, adapter);
-    summed = term_of<T>(v, position, kLift<T>);
-    if (p.expand_broken && adapter >= 0 && p.expand_broken[adapter]) v = NAN;
-    expanded = term_of<T>(v, row_term(position, terms), 1.f);
-  }
-  if (p.expanded) static_cast<T*>(p.expanded)[index] = expanded;
-  if (p.summed) static_cast<T*>(p.summed)[index] = summed;
+  shrink_tile<true, Tile>(p, terms, blockIdx.x / column_tiles, blockIdx.x % column_tiles, blockIdx.y, parts,
+                          aligned_shared<Tile>(shared_memory));
 }
 
 template <class T>
-cudaError_t launch_spread(const LoraShrink& p, int64_t summed_terms, cudaStream_t stream) {
-  const int64_t width = expand_width(p.call), elements = p.call.rows * width;
-  return launch(lora_spread_kernel<T>, dim3(blocks_of(elements, 256)), dim3(256), 0, stream, p, int(summed_terms),
-                int(expand_terms(p.call)), width, elements);
+cudaError_t launch_spread(const LoraShrink& p, const LoraTerms& terms, cudaStream_t stream) {
+  const int64_t elements = p.call.rows * terms.width;
+  return launch(lora_spread_kernel<T>, dim3(blocks_of(elements, 256)), dim3(256), 0, stream, p, terms, elements);
 }
 
 template <class Tile>
 cudaError_t launch_shrink(const LoraShrink& p, cudaStream_t stream) {
-  const int64_t columns = shrink_terms(p.call) * p.call.rank, across = (columns + Tile::kColumns - 1) / Tile::kColumns;
+  const LoraTerms terms = terms_of(p.call);
+  const int64_t across = (terms.summed * p.call.rank + Tile::kColumns - 1) / Tile::kColumns;
   const dim3 grid(unsigned((p.call.rows + Tile::kRows - 1) / Tile::kRows * across), unsigned(p.splits));
-  const cudaError_t error =
-      launch(lora_shrink_kernel<Tile>, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, p, columns, int(across));
-  return error == cudaSuccess ? launch_spread<typename Tile::Element>(p, shrink_terms(p.call), stream) : error;
+  const cudaError_t error = launch(lora_shrink_kernel<Tile>, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, p, terms, int(across));
+  return error == cudaSuccess && p.partials ? launch_spread<typename Tile::Element>(p, terms, stream) : error;
 }
 
 }  // namespace pykernels::cuda

@@ -52,8 +52,9 @@ __global__ void __launch_bounds__(Tile::kThreads) lora_sums_kernel(const __grid_
 // A shrink of rows and sums over the same rows. Blocks that read the same ones run at about the same time, so that memory is read once.
 template <class Shrink, class Sums>
 __global__ void __launch_bounds__(Sums::kThreads)
-    lora_shrink_and_sums_kernel(const __grid_constant__ LoraShrink low, const __grid_constant__ LoraSums p, int64_t columns,
-                                int column_tiles, int64_t shrinks, int64_t down, int64_t across, int64_t tiles) {
+    lora_shrink_and_sums_kernel(const __grid_constant__ LoraShrink low, const __grid_constant__ LoraSums p,
+                                const __grid_constant__ LoraTerms terms, int column_tiles, int64_t shrinks, int64_t down, int64_t across,
+                                int64_t tiles) {
   static_assert(Shrink::kThreads == Sums::kThreads && Shrink::kAlignment == Sums::kAlignment);
   extern __shared__ char shared_memory[];
   char* const shared = aligned_shared<Sums>(shared_memory);
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(Sums::kThreads)
   if (in < shrinks) {
     const int64_t row_tile = group * (p.split_rows / Shrink::kRows) + in / low.splits / column_tiles;
     if (row_tile * Shrink::kRows >= p.call.rows) return;
-    shrink_tile<Shrink>(low, columns, row_tile, in / low.splits % column_tiles, in % low.splits, parts, shared);
+    shrink_tile<false, Shrink>(low, terms, row_tile, in / low.splits % column_tiles, in % low.splits, parts, shared);
   } else {
     sums_tile<Sums>(p, down, across, in - shrinks, group, window, shared);
   }
@@ -108,13 +109,14 @@ cudaError_t launch_sums(const LoraSums& p, cudaStream_t stream) {
 template <class Shrink, class Sums>
 cudaError_t launch_shrink_and_sums(const LoraShrink& low, const LoraSums& p, cudaStream_t stream) {
   using T = typename Sums::Element;
-  const int64_t columns = shrink_terms(p.call) * p.call.rank, column_tiles = tiles_of(columns, Shrink::kColumns);
+  const LoraTerms terms = terms_of(low.call);
+  const int64_t column_tiles = tiles_of(terms.summed * low.call.rank, Shrink::kColumns);
   const int64_t down = tiles_of(p.a.width, Sums::kRows), across = tiles_of(p.b.width, Sums::kColumns);
   const int64_t shrinks = p.split_rows / Shrink::kRows * column_tiles * low.splits, tiles = down * across * adapters_of(p);
   constexpr int kShared = Shrink::kSharedBytes > Sums::kSharedBytes ? Shrink::kSharedBytes : Sums::kSharedBytes;
   cudaError_t error = launch(lora_shrink_and_sums_kernel<Shrink, Sums>, dim3(unsigned((shrinks + tiles) * p.splits)), dim3(Sums::kThreads),
-                             kShared, stream, low, p, columns, int(column_tiles), shrinks, down, across, tiles);
-  if (error == cudaSuccess) error = launch_spread<T>(low, shrink_terms(low.call), stream);
+                             kShared, stream, low, p, terms, int(column_tiles), shrinks, down, across, tiles);
+  if (error == cudaSuccess) error = launch_spread<T>(low, terms, stream);
   return error == cudaSuccess ? launch_sums_result<T>(p, stream) : error;
 }
 
