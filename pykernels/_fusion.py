@@ -77,14 +77,15 @@ def unserved_time_first(layer: Any, name: str, kind: str, padding: int) -> str:
     """The same for fairseq's convolutions of [T, B, C]. padding: rows on each side."""
     if not isinstance(layer, nn.Module) or "forward" in vars(layer) or not _computes_as(layer, (kind,)):
         return f"{name}: {type(layer).__name__}, or another forward, where {kind} was expected"
-    if tuple(layer.padding) != (padding,):
-        return f"{name}: padding of {layer.padding[0]} rows on each side where {padding} were expected"
+    rows: Any = layer.padding
+    if tuple(rows) != (padding,):
+        return f"{name}: padding of {rows[0]} rows on each side where {padding} were expected"
     return _unserved_state(layer, name)
 
 
 def _computes_as(layer: Any, names: tuple[str, ...]) -> bool:
     """Whether the layer's forward is that of a class so named: its own, or one that it is a subclass of."""
-    cls = type(layer)
+    cls: Any = type(layer)
     return any(base.__name__ in names and base.forward is cls.forward for base in cls.__mro__)
 
 

@@ -88,10 +88,9 @@ def forward_encoder(layer: Any, own: Own, src_tokens: Tensor, src_lengths: Any) 
         return own(src_tokens, src_lengths)
     embedded = layer.dropout_module(layer.embed_tokens(src_tokens) + layer.embed_positions(src_tokens))
     rows = layer.fc1(embedded)
-    padding: Tensor | None = src_tokens.eq(layer.padding_idx)
+    found = src_tokens.eq(layer.padding_idx)
     # A traced call has no branch on values; a mask without padding changes nothing.
-    if not torch.compiler.is_compiling() and not padding.any():
-        padding = None
+    padding = found if torch.compiler.is_compiling() or found.any() else None
     live = None if padding is None else ~padding
     before = [rows]
     for i in range(len(layer.convolutions)):
