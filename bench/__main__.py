@@ -140,7 +140,7 @@ def _model(p: argparse.ArgumentParser, args: argparse.Namespace, modules: list[s
         print("\n".join(f"{case.operator}  {case.dtype}  {case.name}  {case.title}" for case in todo))
         return 0
     if of_triton:
-        return gpu_model.run(todo, args.json, argv, gpu_model_triton.count, "Triton")
+        return gpu_model.run(todo, args.json, argv, gpu_model_triton.count, "Triton", "the largest tiles")
     return gpu_model.run(todo, args.json, argv)
 
 

@@ -78,10 +78,10 @@ def _torchmil(rows: int, width: int, hidden: int, gated: bool) -> Case:
 def _block(
     title: str, cls: str, make: Callable[[Any], nn.Module], shapes: tuple[tuple[int, ...], ...], products: int
 ) -> Case:
-    """A block of tests/fuse_blocks.py, with `products` for each of the last argument's positions."""
-    *_, length = shapes[0]
-    total = shapes[0][0] * length * products
-    return Case(title, f"tests.fuse_blocks.{cls}", make, shapes, 1536, 2.0 * total, len(shapes))
+    """A block of tests/fuse_blocks.py, with `products` for each position of the first argument [B, C, T]."""
+    batch, _, length = shapes[0]
+    flops = 2.0 * batch * length * products
+    return Case(title, f"tests.fuse_blocks.{cls}", make, shapes, 1536, flops, len(shapes))
 
 
 def _parallel_wavegan(length: int) -> Case:

@@ -354,7 +354,7 @@ def numbers(case: Case, result: Estimate) -> dict[str, Any]:
 HEAD = f"""\
 A MODEL, NOT A MEASUREMENT: no GPU was used. Bytes and operations are counted while the PTX of the {{kernels}} kernels
 runs on the CPU; a time is the least one that a GPU's published bandwidth and dense peaks allow (roofline).
-Kernels of compute capability 8.0 in all columns, tiles as for {PROCESSORS} multiprocessors.
+Kernels of compute capability 8.0 in all columns, {{tiles}}.
   bytes moved     to and from memory, if L2 keeps all while a launcher runs and nothing between launchers
   bytes asked     of L2, in sectors of {SECTOR} bytes
   the compulsory  every input read once, every output written once; eager: each of its operations likewise
@@ -367,9 +367,13 @@ def run(
     arguments: Sequence[str] = (),
     counter: Counter = count,
     kernels: str = "CUDA",
+    tiles: str = f"tiles as for {PROCESSORS} multiprocessors",
 ) -> int:
-    """Counts and prints all cases. 1 where those of one are wrong or fail, else 0; a missed bar changes nothing."""
-    print(HEAD.format(kernels=kernels), flush=True)
+    """Counts and prints all cases. 1 where those of one are wrong or fail, else 0; a missed bar changes nothing.
+
+    kernels, tiles: what the heading says of them.
+    """
+    print(HEAD.format(kernels=kernels, tiles=tiles), flush=True)
     results: list[dict[str, Any]] = []
     checked: set[tuple[str, str]] = set()  # an operator's cases of one dtype have the same check
     before = torch.get_float32_matmul_precision()

@@ -2,7 +2,7 @@
 
 Triton compiles for compute capability 8.0, and its PTX is executed on the CPU. What L2 keeps is kept for one kernel,
 where a launcher of the CUDA kernels may have several. Of the configurations that are tuned on a GPU, the one with the
-largest tile is counted: the choice changes what is asked of L2, hardly what is moved.
+largest tile is counted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def unavailable() -> str | None:
         return "needs triton, which is not installed"
     from tests import ptx_on_cpu
 
-    return ptx_on_cpu.unavailable()
+    return ptx_on_cpu.unavailable(cuda=False)
 
 
 def _tile(config: Any) -> int:
@@ -79,12 +79,13 @@ def _launches(runtime: Any) -> Iterator[list[tuple[str, dict[str, int]]]]:
 
 def count(case: Case, check: bool = True) -> tuple[list[dict[str, Work]], int | None]:
     """As gpu_model.count, by kernel."""
-    import pykernels
+    from pykernels import _backend
     from tests.ptx_on_cpu.triton_driver import active
 
     found: list[dict[str, Work]] = []
+    before = _backend.default()
     with active(80, count=True) as runtime, _largest_tiles(), _launches(runtime) as launches:
-        pykernels.set_backend("triton")
+        _backend.set_backend("triton")
         try:
             if check:
                 case.check()
@@ -96,5 +97,5 @@ def count(case: Case, check: bool = True) -> tuple[list[dict[str, Work]], int | 
                 for name, counts in launches:
                     found[-1][name] = found[-1].get(name, Work()) + work_of(counts, case.dtype)
         finally:
-            pykernels.set_backend(None)
+            _backend.set_backend(before)
     return found, None

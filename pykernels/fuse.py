@@ -54,9 +54,9 @@ def fuse(model: nn.Module) -> nn.Module:
       `gated_conv1d`. Weight norm may be there in either of PyTorch's forms, or be removed later. Dropout drops the same
       elements. But for VITS', results are views of [B, L, C].
     * The gated linear units of fairseq's FConvEncoder and FConvDecoder (0.10 and later) and of AllenNLP's
-      GatedCnnEncoder (ResidualBlock), by `gated_conv1d`; weight norm and dropout as above. Padding costs the encoder no
-      time. With an incremental_state the decoder runs in its own forward. A compiled or exported encoder returns its
-      padding mask also where there is no padding, for which eager ones return None.
+      GatedCnnEncoder (ResidualBlock), by `gated_conv1d`; weight norm and dropout as above. With an
+      incremental_state the decoder runs in its own forward. A compiled or exported encoder returns its padding mask
+      also where there is no padding, for which eager ones return None.
     * torchmil's AttentionPool, by `attention_pool`. A bag without instances gives zeros, where torchmil gives NaN.
     * Classes given to `register_fusion`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import __main__ as command
-from bench import bench_child_update, bench_gated_conv, bench_lora_linear, gpu_model
+from bench import bench_child_update, bench_gated_conv, bench_lora_linear, gpu_model, gpu_model_triton
 from bench.gated_conv_baselines import Shape
 from bench.gpu_model import GPUS, Gpu, Work, extrapolate, operations
 from bench.jobs import GateFailure
@@ -173,3 +174,15 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(SystemExit) as error:
         command.main(["--model", "gpu"])
     assert error.value.code == 2 and "needs nvcc" in capsys.readouterr().err
+
+
+def test_kernels_of_triton_need_no_nvcc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    build = importlib.import_module("tests.ptx_on_cpu.build")  # the package has a function of that name
+    monkeypatch.setattr(build, "nvcc", lambda: None)
+    monkeypatch.setattr(build, "cxx", lambda: "g++")
+    assert gpu_model_triton.unavailable() is None
+    monkeypatch.setattr(build, "cxx", lambda: None)
+    with pytest.raises(SystemExit) as error:
+        command.main(["--model", "gpu-triton"])
+    assert error.value.code == 2 and "--model gpu-triton: needs g++" in capsys.readouterr().err
