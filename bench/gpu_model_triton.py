@@ -2,14 +2,14 @@
 
 Triton compiles for compute capability 8.0, and its PTX is executed on the CPU. What L2 keeps is kept for one kernel,
 where a launcher of the CUDA kernels may have several. Of the configurations that are tuned on a GPU, the one with the
-largest tile is counted.
+largest tile is counted that is tried at all.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -36,9 +36,16 @@ def _tile(config: Any) -> int:
     return size
 
 
+def _largest_of(prune: Callable[..., list[Any]] | None) -> Callable[..., list[Any]]:
+    def chosen(configs: list[Any], arguments: Any, **more: Any) -> list[Any]:
+        return [max(prune(configs, arguments, **more) if prune else configs, key=_tile)]
+
+    return chosen
+
+
 @contextmanager
 def _largest_tiles() -> Iterator[None]:
-    """Inside, the tuned kernels have one configuration each, so that none is tried."""
+    """Inside, one configuration of the tuned kernels is left for each call, so that none is tried."""
     from triton.runtime import Autotuner
 
     from pykernels import triton_kernels
@@ -46,14 +53,14 @@ def _largest_tiles() -> Iterator[None]:
     package = triton_kernels.__name__
     modules = [importlib.import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(triton_kernels.__path__)]
     kernels = {id(k): k for module in modules for k in vars(module).values() if isinstance(k, Autotuner)}.values()
-    before = [(k, k.configs, k.cache) for k in kernels]
+    before = [(k, k.early_config_prune, k.cache) for k in kernels]
     for k in kernels:
-        k.configs, k.cache = [max(k.configs, key=_tile)], {}
+        k.early_config_prune, k.cache = _largest_of(k.early_config_prune), {}
     try:
         yield
     finally:
-        for k, configs, cache in before:
-            k.configs, k.cache = configs, cache
+        for k, prune, cache in before:
+            k.early_config_prune, k.cache = prune, cache
 
 
 @contextmanager

@@ -83,9 +83,8 @@ def test_a_bag_of_many_rows(ampere: None) -> None:
     check(PoolCase(B=1, L=2300, D=3, H=2), "fp32")
 
 
-def test_tf32_where_the_setting_allows_it(ampere: None) -> None:
-    """PyTorch's setting for CUDA's matrix products; tf32 keeps ten bits of mantissa. For 9.0 Triton multiplies tf32
-    from registers by wgmma, which tests/ptx_on_cpu does not know."""
+def test_tf32_where_the_setting_allows_it(capability: int) -> None:
+    """PyTorch's setting for CUDA's matrix products; tf32 keeps ten bits of mantissa."""
     case = PoolCase(B=2, L=70, D=40, H=40, returned="raw")
     p = problem(case, torch.float32)
     torch.set_float32_matmul_precision("high")

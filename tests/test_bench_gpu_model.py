@@ -169,6 +169,19 @@ def test_kernels_of_triton(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert 1 <= drawn["ratio"] < 1.01 and 1 <= stored["ratio"] < 1.15
 
 
+def test_tiles_that_are_never_tried_are_not_counted() -> None:
+    """Where a call has several adapters the largest tile of the product is left out."""
+    pytest.importorskip("triton")
+    from pykernels.triton_kernels.lora_linear import lora_product
+
+    every = max(lora_product.configs, key=gpu_model_triton._tile)
+    lora_product.nargs = {"index": torch.zeros(1)}
+    with gpu_model_triton._largest_tiles():
+        (several,), (one,) = lora_product.prune_configs({}), lora_product.prune_configs({"index": None})
+    lora_product.nargs = None
+    assert one is every and several.kwargs["BLOCK_M"] == 64
+
+
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu_model, "unavailable", lambda: "needs nvcc, in CUDA_HOME or PATH")
     with pytest.raises(SystemExit) as error:

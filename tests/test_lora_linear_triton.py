@@ -117,7 +117,7 @@ def test_float16_adapters_of_any_size(ampere: None) -> None:
     assert (y.double() - p.truth["y"]).abs().max() < 2e-3 * p.truth["y"].abs().max()
 
 
-def test_tf32_where_the_setting_allows_it(ampere: None) -> None:
+def test_tf32_where_the_setting_allows_it(capability: int) -> None:
     """PyTorch's setting for CUDA's matrix products; tf32 keeps ten bits of mantissa."""
     case = LoraCase(leading=(70,), K=40, N=72, R=4, dropout=0.2)
     p = problem(case, torch.float32)

@@ -30,16 +30,13 @@ class Compiled:
     ptx: str
     cubin: bytes = field(repr=False)
 
-    def spilled_bytes(self, folder: Path) -> int:
-        """What ptxas stores to local memory because registers do not suffice, and loads again."""
-        path = folder / "kernel.ptx"
-        path.write_text(self.ptx)
-        ptxas = TOOLS / ("ptxas-blackwell" if self.capability >= 100 else "ptxas")
-        target = re.search(r"^\.target (\w+)", self.ptx, re.M)[1]
-        command = [ptxas, "-v", f"-arch={target}", path, "-o", folder / "kernel.cubin"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told).groups()
-        return int(stores) + int(loads)
+    def stack_bytes(self, folder: Path) -> int:
+        """Of a thread's local memory: where ptxas puts what registers do not suffice for."""
+        path = folder / "kernel.cubin"
+        path.write_bytes(self.cubin)
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", path]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return max(map(int, re.findall(r"STACK:(\d+)", told)))
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ COMBINED = 32  # chunks that are added up beside each other
 
 
 # One width of tiles: a score is a sum over the units of a tile, then over tiles.
-@autotuned((64, 64, 64, 4, 3), (64, 64, 128, 4, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 2))
+@autotuned((64, 64, 64, 8, 3), (64, 64, 64, 8, 4), (64, 64, 64, 8, 5))
 @triton.jit(do_not_specialize=["x_rows", "x_length", "sequences", "steps", "heads", "keep", "size_key"])
 def attention_pool_forward(
     x, x_sequence, x_row, x_column, weight, gate_weight, bias, gate_bias, query,

@@ -25,7 +25,7 @@ from .tuning import autotuned, precision_of, size_key
 # --- dh, and sums of it ---
 
 
-@autotuned((64, 64, 64, 4, 3), (64, 64, 128, 4, 3), (64, 64, 64, 4, 4), (64, 64, 64, 4, 2))
+@autotuned((64, 32, 64, 8, 4), (64, 32, 64, 8, 3))
 @triton.jit(do_not_specialize=["x_rows", "x_length", "sequences", "steps", "heads", "size_key"])
 def hidden_backward(
     x, x_sequence, x_row, x_column, weight, gate_weight, bias, gate_bias, query,
@@ -135,7 +135,7 @@ def add_products(sums, dh, offset, row, present, weight, column, width, hidden, 
     return sums
 
 
-@autotuned((64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 64, 128, 4, 3), (64, 128, 128, 4, 3), (64, 32, 64, 4, 4))
+@autotuned((64, 64, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 128, 8, 3), (64, 32, 64, 8, 4))
 @triton.jit(do_not_specialize=["x_rows", "x_length", "sequences", "steps", "heads", "size_key"])
 def pool_input_backward(
     dh, padded, weight, gate_weight, dout, row_weights, bounds, mask, x_rows, x_length, sequences, steps, dx,

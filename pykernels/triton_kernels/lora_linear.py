@@ -7,7 +7,8 @@ lora_linear_few.py, backward in lora_linear_bwd.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -54,7 +55,14 @@ def _shrink(
     return merged(first, second, third, TERMS, x.dtype.element_ty)
 
 
-@autotuned((64, 16, 128, 4, 4), (128, 16, 128, 4, 4), (64, 32, 128, 4, 4), (64, 64, 128, 4, 3))
+def _shrink_fits(config: triton.Config, arguments: Mapping[str, Any]) -> bool:
+    """Each term has sums of its own, and those of one adapter lie beside those of all."""
+    return config.kwargs["BLOCK_N"] < 64 or (arguments["index"] is None and arguments["TERMS"] == 1)
+
+
+@autotuned(
+    (64, 16, 64, 4, 5), (128, 16, 64, 8, 5), (64, 32, 64, 8, 5), (64, 64, 64, 8, 4), fits=_shrink_fits
+)  # fmt: skip
 @triton.jit(do_not_specialize=[
     "rows_per_index", "adapters", "rows", "split_steps", "seed_low", "seed_high", "stream", "threshold", "size_key",
 ])  # fmt: skip
@@ -131,8 +139,13 @@ def _low_rank(
     return sums
 
 
+def _product_fits(config: triton.Config, arguments: Mapping[str, Any]) -> bool:
+    """The sums of one adapter lie beside those of all."""
+    return arguments["index"] is None or config.kwargs["BLOCK_M"] == 64
+
+
 @autotuned(
-    (128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 64, 128, 4, 4), (64, 128, 128, 4, 4), (64, 64, 128, 4, 4),
+    (128, 128, 128, 8, 3), (128, 64, 128, 8, 3), (64, 128, 128, 8, 4), (64, 64, 128, 8, 4), fits=_product_fits
 )  # fmt: skip
 @triton.jit(do_not_specialize=[
     "rows_per_index", "adapters", "rows", "seed_low", "seed_high", "stream", "threshold", "size_key",

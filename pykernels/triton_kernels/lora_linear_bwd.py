@@ -99,7 +99,7 @@ _UNSPECIALIZED = [
 ]  # fmt: skip
 
 
-@autotuned((64, 16, 128, 4, 4), (128, 16, 128, 4, 3), (64, 32, 128, 4, 3), (64, 64, 128, 4, 3))
+@autotuned((64, 16, 128, 8, 4), (128, 16, 128, 8, 3), (64, 32, 128, 8, 3), (64, 64, 64, 8, 3))
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def lora_adapter_sums(
     a, a_row, a_column, b, b_row, b_column, scale, scales, index, rows_per_index, adapters,

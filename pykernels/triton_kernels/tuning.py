@@ -7,11 +7,14 @@ differ between runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import triton
+
+Fits = Callable[[triton.Config, Mapping[str, Any]], bool]
+"""Whether registers suffice for a configuration, with the arguments of a kernel by name."""
 
 
 def configurations(*sizes: tuple[int, int, int, int, int]) -> list[triton.Config]:
@@ -22,11 +25,22 @@ def configurations(*sizes: tuple[int, int, int, int, int]) -> list[triton.Config
     ]
 
 
-def autotuned(*sizes: tuple[int, int, int, int, int]) -> Callable[[Any], Any]:
-    """triton.autotune over configurations, anew for each `size_key`, precision and dtypes."""
+def _those_that(fits: Fits) -> Callable[..., list[triton.Config]]:
+    def chosen(configs: list[triton.Config], arguments: Mapping[str, Any], **more: Any) -> list[triton.Config]:
+        return [c for c in configs if fits(c, {**arguments, **more})]
+
+    return chosen
+
+
+def autotuned(*sizes: tuple[int, int, int, int, int], fits: Fits | None = None) -> Callable[[Any], Any]:
+    """triton.autotune over configurations, anew for each `size_key`, precision and dtypes.
+
+    fits: None where registers suffice for all of them.
+    """
     # The interpreter has no driver that could measure.
     tried = sizes[:1] if triton.knobs.runtime.interpret else sizes
-    return triton.autotune(configurations(*tried), key=["size_key", "PRECISION"])
+    prune = None if fits is None else {"early_config_prune": _those_that(fits)}
+    return triton.autotune(configurations(*tried), key=["size_key", "PRECISION"], prune_configs_by=prune)
 
 
 def size_key(*sizes: int) -> int:

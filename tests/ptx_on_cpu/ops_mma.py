@@ -131,9 +131,8 @@ def wgmma(c: Context) -> str:
     half = types[0] == "f16"
     from_registers = a.startswith("{")
     negate_a, negate_b, *transposes = [int(f) for f in flags]
-    transpose_a, transpose_b = (0, *transposes) if from_registers else (*transposes, 0, 0)[:2]
-    if element == "tf32":
-        transpose_a = transpose_b = 0
+    # tf32 has none, operands in registers neither.
+    transpose_a, transpose_b = (0, *transposes, 0)[:2] if from_registers else (*transposes, 0, 0)[:2]
     if len(registers) != n // (4 if half else 2):
         c.fail("wrong number of registers")
     text = f"{{ u32 d[{len(registers)}] = {{{', '.join(c.get(o, 'b32') for o in registers)}}}; "
@@ -141,7 +140,7 @@ def wgmma(c: Context) -> str:
         text += _array(c, "a", _registers(a), 4) + " "
     accumulates = c.get(accumulate, "pred")
     text += f"Wgmma w{{{ELEMENTS[element]}, {n}, {str(half).lower()}, {accumulates}, {negate_a} < 0, {negate_b} < 0, "
-    text += f"bool({transpose_a}), bool({transpose_b if transposes or element == 'tf32' else 0}), "
+    text += f"bool({transpose_a}), bool({transpose_b}), "
     text += ("a, 0" if from_registers else f"nullptr, {c.get(a, 'b64')}") + f", {c.get(b, 'b64')}, d}}; "
     text += f"PTX_FLOPS(tensor, {2 * m * n * k // 128}); wgmma(t, w, {c.site}); "
     return text + " ".join(c.set(o, "b32", f"d[{i}]") for i, o in enumerate(registers)) + " }"

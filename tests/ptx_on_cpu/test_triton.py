@@ -46,16 +46,21 @@ def test_product(capability, dtype):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_attention(capability):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention(capability, dtype):
+    """On 9.0 the second product takes its left operand from registers."""
     heads, length, width = 2, 100, 64
-    q, k, v = (normal(heads, length, width, seed=s, dtype=torch.bfloat16) for s in range(3))
+    q, k, v = (normal(heads, length, width, seed=s, dtype=dtype) for s in range(3))
     out = torch.zeros_like(q)
     with active(capability):
         grid = (triton.cdiv(length, 64), heads)
         kernels.attention[grid](q, k, v, out, length, width**-0.5, WIDTH=width, ROWS=64, COLUMNS=64, num_warps=4)
     exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    q, k, v = (t.bfloat16() for t in (q, k, v))
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max()
+    # float32 is multiplied as tf32, of 10 bits where bfloat16 has 7.
+    allowed = 2 if dtype == torch.bfloat16 else 1 / 4
+    assert (out - exact).abs().max() <= allowed * (plain - exact).abs().max()
 
 
 def test_philox_bits():
