@@ -13,32 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language_data import Tokens, split
+from language_data import Tokens, WordPieces
 
 from kit.run import Refused
 
 EXAMPLES = """examples:
   python examples/chat.py runs/dialog
   echo 你好 | python examples/chat.py runs/dialog --seed 2
+  python examples/chat.py runs/nezha  # of pykernels.models.convert nezha ... runs/nezha --vocab vocab.txt
 
 An empty line begins anew; the end of the input (Ctrl-D) ends.
 exit status: 0, 2 for wrong arguments or a folder without a model
 """
 
 MODELS = {"nezha_dialog": "NezhaDialog", "cdial_gpt": "CDialGPT"}
+TOKENIZER = "tokenizer_config.json"
 LONGEST = 512  # the longest dialogue that NEZHA was trained on
 
 
 class Chat:
     """A dialogue. history: utterances so far as ids, the oldest first."""
 
-    def __init__(self, model: Any, tokens: Tokens) -> None:
+    def __init__(self, model: Any, tokens: Tokens | WordPieces) -> None:
         self.model, self.tokens = model.eval(), tokens
         self.history: list[list[int]] = []
 
     @classmethod
     def load(cls, folder: Path) -> Chat:
-        """From a folder with config.json, model.safetensors and vocab.txt, or the run that has one in "model"."""
+        """From a folder with config.json, model.safetensors and either vocab.txt or the files of BERT's tokenizer, or
+        the run that has one in "model"."""
         from pykernels import models
 
         folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
@@ -48,14 +51,16 @@ class Chat:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
         if kind not in MODELS:
             raise Refused(f"{path}: model_type: expected {' or '.join(MODELS)}, got {kind}")
-        tokens = Tokens.load(folder / "vocab.txt")
+        is_bert = (folder / TOKENIZER).is_file()
+        tokens = WordPieces(folder) if is_bert else Tokens.load(folder / "vocab.txt")
         model = getattr(models, MODELS[kind]).from_pretrained(folder)
         if len(tokens) > model.config.vocab_size:
-            raise Refused(f"{folder / 'vocab.txt'}: expected {model.config.vocab_size} tokens, got {len(tokens)}")
+            path = folder / (TOKENIZER if is_bert else "vocab.txt")
+            raise Refused(f"{path}: expected {model.config.vocab_size} tokens, got {len(tokens)}")
         return cls(model, tokens)
 
     def reply(self, said: str | Sequence[str]) -> str:
-        """To what is said: a text, read by character unless it has blanks, or tokens. Both join the history.
+        """To what is said, a text or tokens. Both join the history.
 
         The oldest utterances are left out where they do not fit, and the end of what is said.
         """
@@ -72,7 +77,7 @@ class Chat:
             longest, options = config.n_positions, sampling.cdial_gpt(special)
             options["max_new_tokens"] = min(options["max_new_tokens"], longest // 2)
         room = longest - options["max_new_tokens"]
-        utterance = self.tokens.encode(split(said) if isinstance(said, str) else said)
+        utterance = self.tokens.read(said) if isinstance(said, str) else self.tokens.encode(said)
         self.history.append(utterance[: room - 3])  # [CLS] and [SEP], or [CLS] and the two speakers
         if is_nezha:
             # Whoever speaks first has segment 0, also when what was said before is cut.

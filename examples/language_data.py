@@ -129,6 +129,17 @@ def count_tokens(tokens: Iterable[str], min_count: int) -> list[str]:
     return [t for t, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n >= min_count]
 
 
+def join(tokens: Iterable[str]) -> str:
+    """A text, without the special tokens; Latin words apart, others and pieces of words together."""
+    text = ""
+    for token in tokens:
+        if token.startswith("[") and token.endswith("]") and len(token) > 2:
+            continue
+        latin = token.isascii() and token.isalnum() and text[-1:].isascii() and text[-1:].isalnum()
+        text += (" " if latin and len(token) > 1 else "") + token.removeprefix("##")
+    return text
+
+
 class Tokens:
     """Ids of tokens, saved as BERT's vocab.txt, a token a line."""
 
@@ -148,15 +159,12 @@ class Tokens:
         unknown = self._id["[UNK]"]
         return [self._id.get(token, unknown) for token in tokens]
 
+    def read(self, text: str) -> list[int]:
+        """Ids of a text, by character unless it has blanks."""
+        return self.encode(split(text))
+
     def decode(self, ids: Iterable[int]) -> str:
-        """Without the special tokens; Latin words apart, others together."""
-        text = ""
-        for token in (self.tokens[i] for i in ids):
-            if token.startswith("[") and token.endswith("]") and len(token) > 2:
-                continue
-            latin = token.isascii() and token.isalnum() and text[-1:].isascii() and text[-1:].isalnum()
-            text += (" " if latin and len(token) > 1 else "") + token
-        return text
+        return join(self.tokens[i] for i in ids)
 
     def text(self) -> str:
         return "".join(f"{token}\n" for token in self.tokens)
@@ -164,3 +172,27 @@ class Tokens:
     @classmethod
     def load(cls, path: Path) -> Tokens:
         return cls(_read(path).removesuffix("\n").split("\n"))
+
+
+class WordPieces:
+    """BERT's tokenizer in a folder, as pykernels.models.convert saves it, in the place of `Tokens`."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import BertTokenizer
+
+        self.tokenizer = BertTokenizer.from_pretrained(folder)
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def __getitem__(self, token: str) -> int:
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    def encode(self, tokens: Iterable[str]) -> list[int]:
+        return self.tokenizer.convert_tokens_to_ids(list(tokens))
+
+    def read(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return join(self.tokenizer.convert_ids_to_tokens(list(ids)))

@@ -258,6 +258,14 @@ def find_config(checkpoint: str | Path, given: Path | None) -> Mapping[str, Any]
     raise CheckpointError(f"{' and '.join(map(str, candidates))} do not exist: give the published one by --config FILE")
 
 
+def _take_ids(settings: Any, tokenizer: Any) -> None:
+    """The special tokens that a model's settings name, as the vocabulary has them."""
+    ids = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    for name, value in (ids | {"pad_token_id": tokenizer.pad_token_id}).items():
+        if getattr(settings, name, None) is not None:
+            setattr(settings, name, value)
+
+
 def convert(kind: str, checkpoint: str | Path, out: Path, config: Mapping[str, Any], vocab: Path | None = None) -> None:
     """Writes the folder `out`, whole or not at all, which must not exist: config.json, model.safetensors and, with a
     vocabulary (BERT's vocab.txt), its tokenizer."""
@@ -274,6 +282,9 @@ def convert(kind: str, checkpoint: str | Path, out: Path, config: Mapping[str, A
             most, got = model.config.vocab_size, len(tokenizer)
             if got > most:
                 raise CheckpointError(f"{vocab}: expected at most {most} tokens, as the model has, got {got}")
+            for settings in (model.config, model.generation_config):
+                if settings is not None:
+                    _take_ids(settings, tokenizer)
             tokenizer.save_pretrained(temporary)
         model.save_pretrained(temporary)
         os.replace(temporary, out)

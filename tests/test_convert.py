@@ -268,6 +268,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     model = GPT2ML.from_pretrained(out)
     assert isinstance(model.config, GPT2MLConfig)
+    ids = [(c.eos_token_id, c.bos_token_id) for c in (model.config, model.generation_config)]
+    assert ids == [(3, None), (3, None)]  # [SEP] of this vocabulary; the article's model has no first token
     expected = converter.load("gpt2-ml", prefix, SMALL).state_dict()
     assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
     tokenizer = AutoTokenizer.from_pretrained(out)

@@ -21,7 +21,7 @@ from language_training import split_items  # noqa: E402
 
 from kit import log  # noqa: E402
 from kit.run import Refused  # noqa: E402
-from pykernels.models import CDialGPT, NezhaDialog  # noqa: E402
+from pykernels.models import CDialGPT, NezhaConfig, NezhaDialog  # noqa: E402
 from tests.runs import assert_same_run, contents  # noqa: E402
 
 SMALL = "--layers 1 --width 16 --heads 2 --context 24 --batch-size 8 --dropout 0.1 --threads 1 --quiet --min-count 1"
@@ -120,6 +120,27 @@ def test_chat(
     assert chat.main([str(tmp_path), "--seed", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0] == first
+
+
+def test_chat_by_word_pieces(tmp_path: Path) -> None:
+    """A converted model brings BERT's tokenizer, not the characters of a training."""
+    from transformers import BertTokenizer
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (tmp_path / "vocab.txt").write_text("\n".join([*special, "你", "好", "play", "##ing", "ok"]), encoding="utf-8")
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
+    sizes = {"vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    NezhaDialog(NezhaConfig(**sizes, intermediate_size=8)).save_pretrained(tmp_path / "model")
+    talk = chat.Chat.load(tmp_path)
+    torch.manual_seed(1)
+    reply = talk.reply("你好playing OK")
+    assert talk.history[0] == [5, 6, 7, 8, 9] and talk.tokens.decode(talk.history[0]) == "你好playing ok"
+    assert talk.tokens.decode(talk.history[1]) == reply and not set(talk.history[1]) & {0, 1, 3}
+    assert talk.tokens.encode(["好", "ok", "x"]) == [6, 9, 1] and talk.tokens["[SEP]"] == 3
+    config = NezhaConfig(**sizes | {"vocab_size": 9}, intermediate_size=8)
+    NezhaDialog(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(Refused, match="tokenizer_config.json: expected 9 tokens, got 10"):
+        chat.Chat.load(tmp_path)
 
 
 def test_data(tmp_path: Path) -> None:
