@@ -124,12 +124,19 @@ def compared(pretrained: Pretrained, parts: dict[str, Sentences], dtype: str, **
     return result
 
 
-def test_losses_are_pefts(pretrained: Pretrained, parts: dict[str, Sentences], kernels: str) -> None:
-    """With the encoder's dropout. Rounding differs, which training enlarges."""
+def test_losses_are_pefts(
+    pretrained: Pretrained, parts: dict[str, Sentences], kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the encoder's dropout. Where products this small are summed in another order, training enlarges it."""
+    from pykernels.peft_linear import FusedLinear
+
+    served, one = [], FusedLinear._one
+    monkeypatch.setattr(FusedLinear, "_one", lambda self, *args: served.append(self) or one(self, *args))
     result = compared(pretrained, parts, "fp32")
+    assert len(served) >= 30
     assert set(result) == {PEFT, FUSED} and all(len(run["losses"]) == 30 for run in result.values())
     far = differences(result, FUSED)
-    assert max(far[:5]) < 1e-5 and max(far) < 1e-3 and 0 < sum(far)
+    assert max(far[:5]) < 1e-5 and max(far) < 1e-3
     losses = result[PEFT]["losses"]
     assert losses[-1] < losses[0] and len(set(losses)) == 30
 
