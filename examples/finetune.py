@@ -49,7 +49,7 @@ is finished is kept); torchrun itself ends with 1 where one of them is not 0
 """
 
 QUICK = {"seeds": 2, "steps": 6, "batch_size": 8, "limit": 64, "fisher_batches": 4, "mask_steps": 2}
-SCORES = ("accuracy", "matthews", "loss")
+SCORES = {"accuracy": "accuracy", "Matthews": "matthews", "dev loss": "loss"}
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def work(config: FinetuneConfig) -> int:
         f"{config.reserve_p:g}, r {config.r}, LoRA+ ratio {config.ratio:g}; processes: {counts}, "
         f"{torch.get_num_threads()} threads"
     )
-    print(table(found, {name: lambda run, name=name: run["dev"][name] for name in SCORES}))
+    print(table(found, {title: lambda run, name=name: run["dev"][name] for title, name in SCORES.items()}))
     out = Path(config.out)
     draw(found, lambda run: run["dev"]["matthews"], "Matthews' correlation, dev.tsv", out / "curves.png")
     print(f"\nresults.json and curves.png are in {out}" + (", the models in models" if config.save else ""))
