@@ -41,8 +41,10 @@ WINDOW = 50  # steps that a loss of the curve is the mean of
 class WayOptions(ChildOptions):
     """Each example gives its own defaults to some."""
 
-    train: tuple[str, ...] = option(WAYS, "full: all parameters; lora, loraplus: adapters", choices=WAYS)
-    optimizers: tuple[str, ...] = option(OPTIMIZERS, "AdamW, ChildTuning-F and -D; all pairs run", choices=OPTIMIZERS)
+    train: tuple[str, ...] = option(WAYS, "full: all parameters; else adapters", choices=WAYS, may_change=True)
+    optimizers: tuple[str, ...] = option(
+        OPTIMIZERS, "AdamW, ChildTuning-F and -D; all pairs run", choices=OPTIMIZERS, may_change=True
+    )
     full_lr: float = option(1e-4, "of full; it and the next two rise over --warmup and fall to zero")
     lora_lr: float = option(1e-3, "of LoRA")
     loraplus_lr: float = option(2.5e-4, "of LoRA+: that of lora_a")

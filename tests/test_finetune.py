@@ -6,8 +6,12 @@ import contextlib
 import gc
 import itertools
 import json
+import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from typing import Any
 import finetune
 import pytest
 import torch
+import torch.multiprocessing as mp
 from finetune import FinetuneConfig, Runs, shared_loss
 from finetune_ways import OPTIMIZERS, WAYS, adapt, memory_of, optimizer_of
 from sentence_classifier import HEAD, Fit, Pretrained, Sentences, loss_of, score
@@ -33,6 +38,7 @@ from tests.recorded import recorded
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
+ROOT = Path(__file__).parent.parent
 PAIRS = list(itertools.product(WAYS, OPTIMIZERS))
 
 
@@ -280,6 +286,73 @@ def test_one_process_is_alone() -> None:
     assert alone.sum(t) is t and alone.mean(t) is t and alone.from_main(lambda: 5) == 5
     with pytest.raises(Refused, match="why"):
         alone.from_main(lambda: (_ for _ in ()).throw(Refused("why")))
+
+
+SHARED = "--dropout 0 --limit 31 --seeds 1 --train full loraplus --optimizers F D --lora-lr 1e-2".split()
+
+
+@pytest.fixture(scope="module")
+def alone(task: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of one process; a batch of an epoch has 7 sentences, the others 8."""
+    out = tmp_path_factory.mktemp("alone")
+    assert finetune.main(arguments(task, bert, out, *SHARED)) == 0
+    return json.loads((out / "results.json").read_text())
+
+
+def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """But for what rounding does."""
+    assert one.keys() == other.keys()
+    for name, result in one.items():
+        assert result["losses"] == pytest.approx(other[name]["losses"], rel=1e-4), name
+        assert result["dev"] == pytest.approx(other[name]["dev"], rel=1e-3), name
+        assert result["trained"] == pytest.approx(other[name]["trained"], abs=2), name
+        assert (result["processes"], other[name]["processes"]) == (1, 2)
+
+
+def test_two_processes_of_torchrun(alone: dict[str, Any], task: Path, bert: Path, tmp_path: Path) -> None:
+    """The losses, masks and scores of one, printed and written by the first alone."""
+    argv = arguments(task, bert, tmp_path / "run", *SHARED, "--save")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(ROOT / "examples" / "finetune.py"), *argv]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_alike(alone, json.loads((tmp_path / "run" / "results.json").read_text()))
+    rows = [line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("full ", "loraplus "))]
+    assert rows == [["full", "F"], ["full", "D"], ["loraplus", "F"], ["loraplus", "D"]]
+    assert "processes: 2, 1 threads" in done.stdout
+    assert len(list((tmp_path / "run" / "models").iterdir())) == 4
+
+
+def process(rank: int, port: int, argv: list[str]) -> None:
+    """A signal to the second one; then both go on, and both are refused."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    calls, step = [], Fit.step
+
+    def counted(self: Fit) -> float:
+        calls.append(1)
+        if rank == 1 and len(calls) == 9:  # a run takes 6
+            signal.raise_signal(signal.SIGTERM)
+        return step(self)
+
+    finetune.Fit.step = counted  # type: ignore[method-assign]
+    assert finetune.main(argv) == 130 and len(calls) == 9, "the step is finished, in both"
+    assert finetune.main([*argv, "--resume", "auto"]) == 0 and len(calls) == 9 + 3 * 6
+    assert finetune.main(argv) == 2, "the run is there"
+    assert finetune.main([*argv, "--resume", "auto", "--seeds", "2", "--out", f"{argv[5]}-2", "--full-lr", "1e30"]) == 3
+    torch.distributed.destroy_process_group()
+
+
+def test_a_signal_to_one_of_two(alone: dict[str, Any], task: Path, bert: Path, tmp_path: Path) -> None:
+    """Stops both after the same step; the run that goes on ends as one that was not stopped."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    argv = arguments(task, bert, tmp_path / "run", *SHARED)
+    assert argv[4] == "--out"
+    mp.spawn(process, (port, argv), nprocs=2)
+    assert_alike(alone, json.loads((tmp_path / "run" / "results.json").read_text()))
 
 
 # --- encoders ---
