@@ -118,7 +118,7 @@ class Runs:
     def made(self, way: str, kind: str, seed: int, progress: Progress, stop: Stop, name: str) -> dict[str, Any]:
         """Of `train_run`, with the peak of memory and the scores on "dev". The model is kept where that is wanted."""
         config, processes, train = self.config, self.processes, self.parts["train"]
-        peak, autocast = Peak(), config.autocast(way)
+        autocast = config.autocast(way)
         dtype = torch.float32 if way == "full" else DTYPES[config.dtype]
         model = self.pretrained.classifier(seed, dropout=config.dropout, dtype=dtype)
         adapt(config, way, model, self.pretrained.heads)
@@ -129,6 +129,7 @@ class Runs:
         optimizer = lambda _: processes.prepare(optimizer_of(config, way, kind, model, seed))  # noqa: E731
         fit = SharedFit(processes, processes.prepare(model), optimizer, train, plan)
         loss = lambda wrapped, chosen: shared_loss(processes, wrapped, train, chosen, autocast)  # noqa: E731
+        peak = Peak()
         try:
             result = train_run(config, way, kind, fit, model, loss, progress, stop, name)
         except Diverged as error:

@@ -11,17 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from child_training import (
-    ChildOptions,
-    fisher_batches,
-    masks_for,
-    parameter_groups,
-    state_bytes,
-    trained_elements,
-)
+from child_training import ChildOptions, fisher_batches, masks_for, parameter_groups, trained_elements
 from plot import band
 from sentence_classifier import Fit, take_turns
 from torch import Tensor, nn
+from training_memory import PARTS, allocated
 
 from kit.config import option
 from kit.picture import pyplot, save
@@ -106,13 +100,6 @@ def optimizer_of(options: WayOptions, way: str, kind: str, model: nn.Module, see
     return ChildTuningAdamW(groups, mode=kind, **own)
 
 
-def memory_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of what is allocated for training, but for activations."""
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    weights = sum(t.nbytes for t in itertools.chain(model.parameters(), model.buffers()))
-    return {"weights": weights, "gradients": gradients, "state": state_bytes(optimizer)}
-
-
 def reserved_shares(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, float]:
     """Of the elements of each kind of parameter that have a mask, those that it selects, by the end of the name."""
     counts: dict[str, list[int]] = {}
@@ -166,7 +153,7 @@ def train_run(
         "trained": trained_elements(model, masks),
         "parameters": sum(p.numel() for p in model.parameters()),
         "reserved": reserved_shares(model, masks),
-        "bytes": memory_of(model, fit.optimizer),
+        "bytes": allocated(model, fit.optimizer),
     }
 
 
@@ -191,7 +178,7 @@ def table(found: Found, scores: Mapping[str, Callable[[Mapping[str, Any]], float
     for (way, kind), runs in found.items():
         rated = "".join(f" {spread([value(run) for run in runs]):>17}" for value in scores.values())
         ms = [1e3 * statistics.mean(run[name] for run in runs) for name in ("seconds", "update_seconds")]
-        held = [statistics.mean(run["bytes"][name] for run in runs) / 1e6 for name in ("weights", "gradients", "state")]
+        held = [statistics.mean(run["bytes"][name] for run in runs) / 1e6 for name in PARTS]
         known = [run["peak"] for run in runs if run["peak"] is not None]
         peak = f"{statistics.mean(known) / 1e6:7.0f}" if known else f"{'-':>7}"
         lines.append(

@@ -91,17 +91,22 @@ class Sentences:
         return replace(self, ids=self.ids[:count], segments=self.segments[:count], labels=self.labels[:count])
 
     def batches(self, size: int, seed: int, epoch: int) -> list[list[int]]:
-        """Each sentence once, in an order that seed and epoch alone decide.
+        """See `alike_batches`."""
+        return alike_batches(self.ids, size, seed, epoch)
 
-        Batches are cut from groups that are sorted by length, so that little of them is padding.
-        """
-        random = np.random.default_rng((seed, epoch))
-        order, group = random.permutation(len(self)).tolist(), size * BATCHES_SORTED_AT_ONCE
-        out: list[list[int]] = []
-        for first in range(0, len(order), group):
-            alike = sorted(order[first : first + group], key=lambda i: len(self.ids[i]))
-            out += [alike[i : i + size] for i in range(0, len(alike), size)]
-        return [out[i] for i in random.permutation(len(out))]
+
+def alike_batches(rows: Sequence[Tensor], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The numbers of all rows, each once, in batches, in an order that seed and epoch alone decide.
+
+    Batches are cut from groups that are sorted by length, so that little of them is padding.
+    """
+    random = np.random.default_rng((seed, epoch))
+    order, group = random.permutation(len(rows)).tolist(), size * BATCHES_SORTED_AT_ONCE
+    out: list[list[int]] = []
+    for first in range(0, len(order), group):
+        alike = sorted(order[first : first + group], key=lambda i: len(rows[i]))
+        out += [alike[i : i + size] for i in range(0, len(alike), size)]
+    return [out[i] for i in random.permutation(len(out))]
 
 
 class Pretrained:

@@ -21,10 +21,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from finetune import FinetuneConfig, Runs, shared_loss
-from finetune_ways import OPTIMIZERS, WAYS, adapt, memory_of, optimizer_of
+from finetune_ways import OPTIMIZERS, WAYS, adapt, optimizer_of
 from sentence_classifier import HEAD, Fit, Pretrained, Sentences, loss_of, score
 from sentence_data import PACKAGE
 from torch import nn
+from training_memory import allocated
 
 from kit.memory import Peak
 from kit.processes import Processes
@@ -236,7 +237,7 @@ def test_memory_is_what_was_allocated(
     assert result["bytes"]["gradients"] == sum(4 * p.numel() for p in trained)
     if kind != "D":
         assert result["bytes"]["state"] == sum(8 * p.numel() + 4 for p in trained)
-    assert memory_of(model, fit.optimizer) == result["bytes"]
+    assert allocated(model, fit.optimizer) == result["bytes"]
 
 
 def test_peak_is_that_of_the_time_since() -> None:
