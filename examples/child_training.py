@@ -58,7 +58,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for name, p in model.named_parameters():
         if p.requires_grad:
             groups[p.dim() < 2]["params"].append((name, p))
-    return groups
+    return [group for group in groups if group["params"]]  # an empty one would count as one without names
 
 
 def masks_for(
