@@ -57,8 +57,7 @@ def run(config: TuneConfig, way: str, kind: str) -> dict[str, Any]:
 # --- memory ---
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("way", "kind"), PAIRS)
+@pytest.mark.parametrize(("way", "kind", "dtype"), [*((*pair, "fp32") for pair in PAIRS), ("lora", "adamw", "bf16")])
 def test_arithmetic_is_what_is_allocated(way: str, kind: str, dtype: str, poems: Path) -> None:
     """From shapes on the meta device; F's and D's state too, after masks of real gradients."""
     config = options(poems, dtype=dtype, layers=2)
