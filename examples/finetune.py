@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from kit.config import option
 from kit.example import run_example
 from kit.memory import Peak
-from kit.processes import Processes, SharedStop, only_main_prints
+from kit.processes import Processes, SharedStop, told_by_first
 from kit.progress import Progress
 from kit.results import Results
 from kit.stop import Stop
@@ -177,7 +177,7 @@ def work(config: FinetuneConfig) -> int:
     counts = " and ".join(map(str, sorted({run["processes"] for pair in found.values() for run in pair})))
     print(
         f"{config.data}, dev.tsv: {config.seeds} seeds; {runs.steps} steps of {config.batch_size}, {config.dtype}, p "
-        f"{config.reserve_p:g}, r {config.r}, LoRA+ ratio {config.ratio:g}; processes: {counts}, "
+        f"{config.reserve_p:g}, r {config.rank}, LoRA+ ratio {config.ratio:g}; processes: {counts}, "
         f"{torch.get_num_threads()} threads"
     )
     print(table(found, {title: lambda run, name=name: run["dev"][name] for title, name in SCORES.items()}))
@@ -187,17 +187,20 @@ def work(config: FinetuneConfig) -> int:
     return 0
 
 
+def run(argv: Sequence[str] | None) -> int:
+    return run_example(
+        FinetuneConfig,
+        work,
+        argv,
+        script=__file__,
+        description="Fine-tunes a classifier in full, with LoRA and with LoRA+, by AdamW and ChildTuning.",
+        epilog=EXAMPLES,
+        presets={"quick": QUICK},
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    with only_main_prints():
-        return run_example(
-            FinetuneConfig,
-            work,
-            argv,
-            script=__file__,
-            description="Fine-tunes a classifier in full, with LoRA and with LoRA+, by AdamW and ChildTuning.",
-            epilog=EXAMPLES,
-            presets={"quick": QUICK},
-        )
+    return told_by_first(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def published(config: TuneConfig) -> str:
         columns = "".join(f" {held[name] / 1e9:>9.2f}" for name in PARTS)
         lines.append(f"{about:<39} {trained:>13,}{columns} {sum(held.values()) / 1e9:>7.2f}")
     head = f"{'':<39} {'with gradient':>13}" + "".join(f" {name:>9}" for name in PARTS) + f" {'sum':>7}"
-    about = f"the published network of {size:,} parameters, by arithmetic: GB without activations; r {config.r}"
+    about = f"the published network of {size:,} parameters, by arithmetic: GB without activations; r {config.rank}"
     return "\n".join([f"{about}, targets {' '.join(config.targets)}, p {config.reserve_p:g}", head, *lines])
 
 
@@ -274,7 +274,7 @@ def work(config: TuneConfig) -> int:
         size = sum(p.numel() for p in source.kind(source.sizes).parameters())
     print(
         f"held-out loss a character: {config.seeds} seeds; {steps} steps of {config.batch_size} texts, {config.dtype}, "
-        f"r {config.r}, LoRA+ ratio {config.ratio:g}, {torch.get_num_threads()} threads; {size:,} parameters"
+        f"r {config.rank}, LoRA+ ratio {config.ratio:g}, {torch.get_num_threads()} threads; {size:,} parameters"
     )
     print(table(found, {"before": lambda run: run["held_loss_before"], "after": lambda run: run["held_loss"]}))
     print(f"\n{published(config)}")

@@ -44,13 +44,13 @@ class WayOptions(ChildOptions):
     loraplus_lr: float = option(2.5e-4, "of LoRA+: that of lora_a")
     ratio: float = option(4.0, "of LoRA+: rate of lora_b over lora_a's")
     targets: tuple[str, ...] = option(("all-linear",), "layers with an adapter")
-    r: int = option(8, "rank")
+    rank: int = option(8, "of the adapters")
     alpha: float = option(16.0, "scale times rank")
     mask_steps: int = option(20, "of LoRA before D's masks are taken: at first lora_a has no gradient")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(full_lr=0, lora_lr=0, loraplus_lr=0, r=1, mask_steps=1)
+        self.at_least(full_lr=0, lora_lr=0, loraplus_lr=0, rank=1, mask_steps=1)
         self.once_each("train", "optimizers")
         if not self.ratio > 0:
             raise ValueError(f"ratio: expected more than 0, got {self.ratio}")
@@ -81,7 +81,7 @@ def adapt(options: WayOptions, way: str, model: nn.Module, trainable: Sequence[s
         return model
     targets = "all-linear" if options.targets == ("all-linear",) else options.targets
     try:
-        return apply_lora(model, targets, options.r, options.alpha, trainable=trainable)
+        return apply_lora(model, targets, options.rank, options.alpha, trainable=trainable)
     except (TypeError, ValueError) as error:
         raise Refused(f"--targets {' '.join(options.targets)}: {error}") from None
 

@@ -27,6 +27,7 @@ from sentence_data import PACKAGE
 from torch import nn
 from training_memory import allocated
 
+import kit.processes
 from kit.memory import Peak
 from kit.processes import Processes
 from kit.progress import Progress
@@ -332,6 +333,7 @@ def process(rank: int, port: int, argv: list[str]) -> None:
 
     finetune.Fit.step = counted  # type: ignore[method-assign]
     gc.freeze()
+    kit.processes.PATIENCE = 0.0
     assert finetune.main(argv) == 130 and len(calls) == 9, "the step is finished, in both"
     assert finetune.main([*argv, "--resume", "auto"]) == 0 and len(calls) == 9 + 6
     assert finetune.main(argv) == 2, "the run is there"
@@ -349,6 +351,14 @@ def test_a_signal_to_one_of_two(task: Path, bert: Path, tmp_path: Path) -> None:
     assert argv[4] == "--out"
     mp.spawn(process, (port, argv), nprocs=2)
     assert_alike(task, bert, tmp_path, some)
+
+
+def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kit.processes, "PATIENCE", 0.0)
+    monkeypatch.setenv("RANK", "1")
+    assert finetune.main(["--data", "x", "--rank", "0"]) == 2
+    assert kit.processes.told_by_first(lambda: print("here") or 0) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 # --- encoders ---
@@ -506,7 +516,7 @@ def test_mistakes_are_told(task: Path, bert: Path, tmp_path: Path, capsys: pytes
     assert "ratio: expected more than 0, got 0.0" in refused("--data", "x", "--ratio", "0")
     assert "optimizers: expected each once, got F F" in refused("--data", "x", "--optimizers", "F", "F")
     assert "invalid choice: 'half'" in refused("--data", "x", "--train", "half")
-    assert "r: expected 1 or more, got 0" in refused("--data", "x", "--r", "0")
+    assert "rank: expected 1 or more, got 0" in refused("--data", "x", "--rank", "0")
     assert "there is no such folder" in refused(*arguments(task, tmp_path / "nowhere", out / "a"))
     assert "train.tsv: cannot be read" in refused(*arguments(tmp_path, bert, out / "b"))
     assert "--mask-steps 6: expected fewer than the 6 steps" in refused(

@@ -1,19 +1,18 @@
 """One run in several processes, started by torchrun or `accelerate launch`, each of which trains on a share of a batch.
 
-    with only_main_prints():
-        ...
-        processes = Processes()
-        model = processes.prepare(model)  # backward now averages gradients over the processes
-        stop = SharedStop(processes)
+    processes = Processes()
+    model = processes.prepare(model)  # backward now averages gradients over the processes
+    stop = SharedStop(processes)
 
-One process alone is no other case: its share is the whole.
+and all of it inside of `told_by_first`. One process alone is no other case: its share is the whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,14 +23,22 @@ from .stop import Stop
 T = TypeVar("T")
 
 
-@contextlib.contextmanager
-def only_main_prints() -> Iterator[None]:
-    """Nothing that is printed in the context appears, but for the first process. Uncaught exceptions do."""
+PATIENCE = 2.0
+"""Seconds that a process which failed lives on: the launcher ends all others with it, and the first is to say why."""
+
+
+def told_by_first(call: Callable[[], int]) -> int:
+    """The exit status that `call` returns, or ends the process with. What it prints appears in the first alone."""
     if int(os.environ.get("RANK", "0")) == 0:
-        yield
-        return
+        return call()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
+        try:
+            status = call()
+        except SystemExit as end:
+            status = int(end.code or 0)
+    if status:
+        time.sleep(PATIENCE)
+    return status
 
 
 class Processes:
