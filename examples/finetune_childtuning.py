@@ -16,12 +16,13 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from child_training import ChildOptions, fisher_batches, masks_for, parameter_groups, state_bytes, trained_share
 from plot import band, smooth
 from sentence_classifier import Fit, Plan, Pretrained, Sentences, TaskOptions, loss_of, score, take_turns
 from torch import Tensor, nn
@@ -32,8 +33,7 @@ from kit.picture import pyplot, save
 from kit.progress import Progress
 from kit.results import Results, spread
 from kit.stop import Stop
-from pykernels import ChildTuningAdamW, fisher_masks, set_backend
-from pykernels.child_update import unpack_mask
+from pykernels import ChildTuningAdamW, set_backend
 
 EXAMPLES = """examples:
   python examples/finetune_childtuning.py --quick --data glue/CoLA --out runs/quick  # a few steps
@@ -50,38 +50,22 @@ kept)
 
 METHODS = ("plain", "F", "F-scaled", "D")
 QUICK = {"seeds": 2, "steps": 6, "block": 2, "batch_size": 8, "limit": 64, "evaluations": 2, "fisher_batches": 4}
-NO_DECAY = ("bias", "LayerNorm.weight")
 WINDOW = 50  # steps that a loss of the curve is the mean of
 
 
 @dataclass(frozen=True)
-class ChildConfig(TaskOptions):
+class ChildConfig(ChildOptions, TaskOptions):
     out: str = option("runs/childtuning", "folder of the run", may_change=True)
     dtype: str = option("fp32", "of products; weights and moments are float32", choices=("fp32", "bf16"))
     methods: tuple[str, ...] = option(("plain", "F", "D"), "to compare", choices=METHODS)
-    reserve_p: float = option(0.3, "share of the gradient that F keeps, and of the numbered layers that D trains")
     lr: float = option(1e-4, "rises over --warmup of the steps and falls to zero")
-    warmup: float = option(0.1, "share of the steps")
-    weight_decay: float = option(0.01, "of all but biases and the weights of layer norms")
-    clip: float = option(1.0, "norm of all gradients, at most; 0: not clipped")
-    dropout: float = option(0.1, "of the encoder")
-    fisher_batches: int = option(0, "batches for D's masks; 0: all of train.tsv")
-    seeds: int = option(3, "runs of each method, with seeds from --seed on", may_change=True)
-    steps: int = option(0, "of a run; 0: three epochs")
-    batch_size: int = option(16, "of a step")
     evaluations: int = option(3, "of dev.tsv, equally far apart, the last of them at the end")
     block: int = option(5, "steps that a model makes before it is the next one's turn")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(lr=0, warmup=0, weight_decay=0, clip=0, dropout=0, fisher_batches=0)
-        self.at_least(seeds=1, steps=0, batch_size=1, evaluations=1, block=1)
-        if not 0 < self.reserve_p <= 1:
-            raise ValueError(f"reserve_p: expected 0 < reserve_p <= 1, got {self.reserve_p}")
-        if not self.warmup < 1:
-            raise ValueError(f"warmup: expected less than 1, got {self.warmup}")
-        if len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods: expected each once, got {' '.join(self.methods)}")
+        self.at_least(lr=0, evaluations=1, block=1)
+        self.once_each("methods")
         if not self.data:
             raise ValueError("data: expected a folder with train.tsv and dev.tsv")
 
@@ -91,14 +75,6 @@ class ChildConfig(TaskOptions):
 
 
 # --- a seed ---
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Named parameters, so that masks find them, with decay and without."""
-    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
-    for name, p in model.named_parameters():
-        groups[any(part in name for part in NO_DECAY)]["params"].append((name, p))
-    return groups
 
 
 def optimizer_of(
@@ -113,41 +89,6 @@ def optimizer_of(
     if method == "D":
         return ChildTuningAdamW(groups, lr, mode="D", masks=masks, **own)
     return ChildTuningAdamW(groups, lr, mode="F", **own)
-
-
-def masks_for(
-    config: ChildConfig, model: nn.Module, train: Sentences, seed: int, progress: Progress, stop: Stop
-) -> dict[str, Tensor]:
-    """D's masks, from the first batches of an epoch in the order of the seed, with dropout. Stopped between two."""
-
-    def batches() -> Iterator[list[int]]:
-        for i, chosen in enumerate(train.batches(config.batch_size, seed, 0)[: config.fisher_batches or None]):
-            stop.check()
-            yield chosen
-            progress.step(f"seed {seed}: Fisher information, batch {i + 1}")
-
-    torch.manual_seed(seed)
-    model.train()
-    loss = lambda model, chosen: loss_of(model, train, chosen, config.autocast)  # noqa: E731
-    return fisher_masks(model, loss, batches(), config.reserve_p, max_grad_norm=config.clip or None)
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """What moments, masks and steps take."""
-    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
-
-
-def trained_share(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
-    """Of all parameters, those that masks select or have no mask."""
-    trained, whole = 0, 0
-    for name, p in model.named_parameters():
-        trained += int(unpack_mask(masks[name], p.shape).sum()) if name in masks else p.numel()
-        whole += p.numel()
-    return trained / whole
-
-
-def steps_of(config: ChildConfig, train: Sentences) -> int:
-    return config.steps or 3 * -(-len(train) // config.batch_size)
 
 
 def train_seed(
@@ -166,9 +107,10 @@ def train_seed(
     masks, result = None, {}
     if "D" in config.methods:
         begun = time.perf_counter()
-        masks = masks_for(config, model, train, seed, progress, stop)
+        loss = lambda model, chosen: loss_of(model, train, chosen, config.autocast)  # noqa: E731
+        masks = masks_for(config, model, loss, train, seed, progress, stop)
         result["masks"] = {"seconds": time.perf_counter() - begun, "trained": trained_share(model, masks)}
-    steps = steps_of(config, train)
+    steps = config.steps_of(len(train))
     fits = {}
     for method in config.methods:
         # Ours clips in its step.
@@ -249,8 +191,8 @@ def work(config: ChildConfig) -> int:
     results = Results(out, config, config.resume)
     pretrained = Pretrained(config.encoder, config.max_length)
     parts = pretrained.parts(config)
-    train, steps = parts["train"], steps_of(config, parts["train"])
-    fisher = len(train.batches(config.batch_size, 0, 0)[: config.fisher_batches or None])
+    train, steps = parts["train"], config.steps_of(len(parts["train"]))
+    fisher = len(fisher_batches(config, train, 0))
     a_seed = len(config.methods) * steps + ("D" in config.methods) * fisher
     with Stop() as stop, Progress(config.seeds * a_seed, every=config.log_seconds, quiet=config.quiet) as progress:
         progress.say(f"{config.data}: {len(train)} to train on, {len(parts['dev'])} in dev.tsv; {steps} steps each")

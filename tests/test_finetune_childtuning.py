@@ -12,19 +12,8 @@ from typing import Any
 import finetune_childtuning
 import pytest
 import torch
-from finetune_childtuning import (
-    METHODS,
-    ChildConfig,
-    draw,
-    masks_for,
-    optimizer_of,
-    parameter_groups,
-    state_bytes,
-    steps_of,
-    table,
-    train_seed,
-    trained_share,
-)
+from child_training import masks_for, parameter_groups, state_bytes, trained_share
+from finetune_childtuning import METHODS, ChildConfig, draw, optimizer_of, table, train_seed
 from sentence_classifier import Fit, Plan, Pretrained, Sentences, loss_of
 from sentence_data import PACKAGE
 
@@ -80,11 +69,12 @@ def test_masks_are_those_of_fisher_masks_on_the_task(pretrained: Pretrained, par
     model, train = pretrained.classifier(1, dropout=0.0), parts["train"]
     before = copy.deepcopy(model.state_dict())
     config = ChildConfig(data="x", batch_size=16, fisher_batches=3, reserve_p=0.2)
+    loss = lambda model, chosen: loss_of(model, train, chosen)  # noqa: E731
     with Progress(3, quiet=True) as progress:
-        masks = masks_for(config, model, train, 7, progress, Stop())
+        masks = masks_for(config, model, loss, train, 7, progress, Stop())
         assert progress.done == 3
     batches = train.batches(16, 7, 0)[:3]
-    wanted = fisher_masks(model, lambda model, b: loss_of(model, train, b), batches, 0.2, max_grad_norm=1.0)
+    wanted = fisher_masks(model, loss, batches, 0.2, max_grad_norm=1.0)
     assert masks.keys() == wanted.keys() and all(torch.equal(masks[name], wanted[name]) for name in wanted)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -100,11 +90,10 @@ def test_masks_are_those_of_fisher_masks_on_the_task(pretrained: Pretrained, par
     assert state_bytes(own) == 8 * (whole - blocks + selected) + bits + 4 * len(list(model.parameters()))
 
 
-def test_three_epochs_where_no_steps_are_given(parts: dict[str, Sentences]) -> None:
-    assert len(parts["train"]) == 192
-    assert steps_of(ChildConfig(data="x", batch_size=100), parts["train"]) == 6
-    assert steps_of(ChildConfig(data="x", batch_size=64), parts["train"]) == 9
-    assert steps_of(ChildConfig(data="x", steps=4), parts["train"]) == 4
+def test_three_epochs_where_no_steps_are_given() -> None:
+    assert ChildConfig(data="x", batch_size=100).steps_of(192) == 6
+    assert ChildConfig(data="x", batch_size=64).steps_of(192) == 9
+    assert ChildConfig(data="x", steps=4).steps_of(192) == 4
 
 
 # --- training ---

@@ -37,6 +37,9 @@ class Results:
         self._done[name] = value
         write_json(self.run.checkpoint, self._done)
 
+    def copy(self) -> dict[str, Any]:
+        return dict(self._done)
+
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
     """Mean and standard deviation."""
