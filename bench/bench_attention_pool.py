@@ -206,12 +206,15 @@ def run_overhead(session: Session, result: Result) -> None:
 def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
     problem = Problem(shape, dtype, "cuda")
     check(problem)
+    triton = on_cuda.by_triton(lambda: check(problem))
     with torch.no_grad():
         variants: dict[str, Call | None] = dict(forward_variants(problem))
         variants["torch.compile"] = on_cuda.compiled(eager_sum, lambda f: partial(f, **problem.inputs))
+        variants[on_cuda.TRITON] = triton(partial(ours, **problem.inputs))
         yield on_cuda.Group("forward", variants, shape.flops)
     variants = dict(training_variants(problem))
     variants["torch.compile"] = on_cuda.compiled(eager_sum, lambda f: _training(f, problem))
+    variants[on_cuda.TRITON] = triton(_training(ours, problem))
     yield on_cuda.Group("forward + backward", variants, 3 * shape.flops)
     if shape == RAGGED:
         lengths = _lengths(shape, 50).cuda()

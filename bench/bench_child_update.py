@@ -32,18 +32,21 @@ SHAPES = tuple(Shape(n * 1_000_000, tensors) for n in (10, 100) for tensors in (
 QUICK_SHAPES = (Shape(10_000_000, 100), Shape(100_000_000, 100))
 
 
-def check(dtype: torch.dtype, device: str = "cpu") -> None:
-    """The correctness gate: three steps of each mode against the definition, with the same random bits, in fp64."""
+def check(dtype: torch.dtype, device: str = "cpu", backend: str | None = None) -> None:
+    """The correctness gate: three steps of each mode against the definition, with the same random bits, in fp64.
+
+    backend: that of the device's own kernels if None.
+    """
     for mode in ("F", "D", "none"):
         results: list[list[Tensor]] = []
-        for backend, exact in ((device, False), ("reference", False), ("reference", True)):
+        for name, exact in ((backend or device, False), ("reference", False), ("reference", True)):
             problem = Problem(Shape(70_000, 2), dtype, device)
             if exact:
                 grads = [p.grad.double() for p in problem.params]
                 problem.params = [p.detach().double().requires_grad_() for p in problem.params]
                 for p, grad in zip(problem.params, grads, strict=True):
                     p.grad = grad
-            optimizer = problem.ours(mode, backend=backend)
+            optimizer = problem.ours(mode, backend=name)
             for _ in range(3):
                 optimizer.step()
             results.append([p.detach() for p in problem.params])
@@ -117,6 +120,7 @@ def jobs(options: Options) -> list[Job]:
 def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
     """As called: our steps refuse to be captured. In place of flops, the bytes that an AdamW without masks moves."""
     check(dtype, "cuda")
+    triton = on_cuda.by_triton(lambda: check(dtype, "cuda", "triton"))
     problem = Problem(shape, dtype, "cuda")
     size, moments = problem.params[0].element_size(), 16 * shape.parameters
     fused, foreach = (problem.torch_adamw(capturable=True, **{name: True}) for name in ("fused", "foreach"))
@@ -126,6 +130,7 @@ def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
     usual = bernoulli_then(fused.step, problem.params)
     variants: dict[str, Call | None] = {
         OURS: ours.step, NONE: unmasked.step, FUSED: fused.step, FOREACH: foreach.step, USUAL: usual,
+        on_cuda.TRITON: triton(ours.step),
     }  # fmt: skip
     bytes_moved = 3 * size * shape.parameters + moments
     yield on_cuda.Group("F", variants, bytes_moved)

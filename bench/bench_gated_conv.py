@@ -343,6 +343,7 @@ def run_first_call(session: Session, result: Result) -> None:
 def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
     problem = Problem(shape, dtype, "cuda")
     check(problem)
+    triton = on_cuda.by_triton(lambda: check(problem))
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         wanted = (OURS, "eager", "shifted matmul", GEMM)
     else:
@@ -351,9 +352,11 @@ def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
     with torch.no_grad():
         variants = {name: call for name, call in forward_variants(problem).items() if name in wanted}
         variants["torch.compile"] = on_cuda.compiled(expression, lambda f: partial(f, **problem.inputs))
+        variants[on_cuda.TRITON] = triton(partial(ours, shape, **problem.inputs))
         yield on_cuda.Group("forward", variants, shape.flops)
     variants = {name: call for name, call in training_variants(problem).items() if name != DROPOUT}
     variants["torch.compile"] = on_cuda.compiled(expression, lambda f: _training(f, problem))
+    variants[on_cuda.TRITON] = triton(_training(partial(ours, shape), problem))
     yield on_cuda.Group("forward + backward", variants, 3 * shape.flops)
     if shape in QUICK_SHAPES and shape.B > 1:
         yield on_cuda.Group("forward, half of it padding", _padded_on_cuda(problem), shape.flops)

@@ -275,13 +275,16 @@ def run_overhead(session: Session, result: Result) -> None:
 def _on_cuda(shape: Shape, dtype: torch.dtype) -> Iterator[on_cuda.Group]:
     problem = Problem(shape, dtype, device="cuda")
     check(problem)
+    triton = on_cuda.by_triton(lambda: check(problem))
+    call = partial(ours, problem.weight)
     expression = partial(eager, problem.weight, DROPOUT)
     with torch.no_grad():
         compiled = on_cuda.compiled(expression, lambda f: partial(f, **problem.inputs))
-        yield on_cuda.Group("forward", forward_variants(problem) | {"torch.compile": compiled}, shape.flops)
+        more = {"torch.compile": compiled, on_cuda.TRITON: triton(_forward(call, problem))}
+        yield on_cuda.Group("forward", forward_variants(problem) | more, shape.flops)
     compiled = on_cuda.compiled(expression, lambda f: _training(f, problem))
-    variants = training_variants(problem) | {"torch.compile": compiled}
-    yield on_cuda.Group("forward + backward", variants, 2 * shape.flops)
+    more = {"torch.compile": compiled, on_cuda.TRITON: triton(_training(call, problem))}
+    yield on_cuda.Group("forward + backward", training_variants(problem) | more, 2 * shape.flops)
 
 
 def cuda_cases(dtypes: Sequence[str], quick: bool) -> list[on_cuda.Case]:

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 from .gpu_model import Case, Work, work_of
+from .on_cuda import on_triton
 
 
 def unavailable() -> str | None:
@@ -86,23 +87,17 @@ def _launches(runtime: Any) -> Iterator[list[tuple[str, dict[str, int]]]]:
 
 def count(case: Case, check: bool = True) -> tuple[list[dict[str, Work]], int | None]:
     """As gpu_model.count, by kernel."""
-    from pykernels import _backend
     from tests.ptx_on_cpu.triton_driver import active
 
     found: list[dict[str, Work]] = []
-    before = _backend.default()
-    with active(80, count=True) as runtime, _largest_tiles(), _launches(runtime) as launches:
-        _backend.set_backend("triton")
-        try:
-            if check:
-                case.check()
-            for n in case.counted:
-                call = case.call(n)
-                launches.clear()
-                call()
-                found.append({})
-                for name, counts in launches:
-                    found[-1][name] = found[-1].get(name, Work()) + work_of(counts, case.dtype)
-        finally:
-            _backend.set_backend(before)
+    with active(80, count=True) as runtime, _largest_tiles(), _launches(runtime) as launches, on_triton():
+        if check:
+            case.check()
+        for n in case.counted:
+            call = case.call(n)
+            launches.clear()
+            call()
+            found.append({})
+            for name, counts in launches:
+                found[-1][name] = found[-1].get(name, Work()) + work_of(counts, case.dtype)
     return found, None

@@ -3,6 +3,7 @@
 Calls are captured in a CUDA graph and the graph is replayed between two events, so that the figure is the device's
 time and not that of launching; "as called" is the time of a call from Python beside it, which counts where one of the
 variants cannot be captured. Variants take turns, and medians are reported. Inputs stay in the L2 cache where they fit.
+"ours" is what the rule of pykernels/_backend.py chooses, "ours, triton" Triton's kernels by name.
 float32 products are exact for "fp32" and may be tf32 for "tf32", for PyTorch's own kernels and ours alike.
 """
 
@@ -13,14 +14,18 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pykernels import _backend
+
 from .harness import Call
 
+TRITON = "ours, triton"
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDS, GRAPH_SECONDS, WARM_UP = 15, 0.001, 3
 
@@ -54,6 +59,28 @@ def compiled(function: Callable, bind: Callable[[Callable], Call]) -> Call | Non
         print(f"  torch.compile failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}", flush=True)
         return None
     return call
+
+
+@contextmanager
+def on_triton() -> Iterator[None]:
+    """Inside, calls that name no backend take Triton's."""
+    before = _backend.default()
+    _backend.set_backend("triton")
+    try:
+        yield
+    finally:
+        _backend.set_backend(before)
+
+
+def by_triton(check: Callable[[], None]) -> Callable[[Call], Call | None]:
+    """Makes of a call one that takes Triton's kernels. These are checked now: None for every call, and a line that says
+    why, where that fails."""
+    try:
+        on_triton()(check)()
+    except Exception as error:
+        print(f"  triton failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}", flush=True)
+        return lambda call: None
+    return on_triton()
 
 
 def _events(run: Call) -> float:

@@ -12,7 +12,9 @@ import torch
 
 from bench import __main__ as command
 from bench import bench_gated_conv, on_cuda
+from bench.jobs import GateFailure
 from bench.on_cuda import Case, Group
+from pykernels import _backend
 
 
 @pytest.fixture
@@ -75,6 +77,23 @@ def test_the_command_line_passes_the_file_on(
     assert command.main(arguments) == 0
     written = json.loads((tmp_path / "now.json").read_text())
     assert written["arguments"] == arguments and len(written["results"]) == len(bench_gated_conv.CUDA_QUICK_SHAPES)
+
+
+def test_the_same_call_by_triton(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[str] = []
+    look = lambda: seen.append(_backend.default())  # noqa: E731
+    before = _backend.default()
+    call = on_cuda.by_triton(look)(look)
+    assert call is not None and seen == ["triton"]
+    call()
+    call()
+    assert seen == ["triton"] * 3 and _backend.default() == before != "triton"
+
+    def wrong() -> None:
+        raise GateFailure("dx: not finite\nand more")
+
+    assert on_cuda.by_triton(wrong)(look) is None and _backend.default() == before
+    assert capsys.readouterr().out == "  triton failed: dx: not finite\n"
 
 
 def test_options_that_do_not_go_with_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
