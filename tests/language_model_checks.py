@@ -33,7 +33,8 @@ def check_shapes_and_gradients(model: PreTrainedModel) -> None:
         assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, name
     more = model.eval()(input_ids=ids(), output_hidden_states=True)
     assert len(more.hidden_states) == model.config.num_hidden_layers + 1
-    assert torch.equal(model(input_ids=ids(), logits_to_keep=1).logits[:, 0], more.logits[:, -1])
+    last = model(input_ids=ids(), logits_to_keep=1).logits
+    torch.testing.assert_close(last[:, 0], more.logits[:, -1], rtol=1e-5, atol=1e-6)  # of a product with fewer rows
 
 
 def check_round_trip(model: PreTrainedModel, folder: Path) -> None:
@@ -97,7 +98,8 @@ def check_gradient_checkpointing(model: PreTrainedModel) -> None:
         torch.manual_seed(6)  # of the dropout
         loss_of(model, ids()).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    # Products of tensors that lie elsewhere may be summed in another order.
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
 
 
 def check_apply_lora(model: PreTrainedModel, targets: list[str], count: int) -> None:
