@@ -21,12 +21,14 @@ cp -r "$root/tests" "$root/bench" "$root/pyproject.toml" "$root/README.md" "$sit
 cd "$site"
 if [[ $# -eq 0 ]]; then
   # Not what compiles (builds, the emulator, torch.compile), nor what measures memory: the sanitizer keeps it for a while.
+  # Nor what calls kernels a thousand times on tensors of one size.
   # The reference has no code of ours to look at, and what the tier of AVX-512 has is in that of AVX512-BF16 too.
   covered="reference"
   if grep -qw avx512_bf16 /proc/cpuinfo; then covered="reference and not avx512-"; fi
   set -- tests/test_random_bits.py tests/test_gated_conv_*.py tests/test_attention_pool_*.py tests/test_lora_linear_*.py \
     tests/test_child_update_*.py \
-    -k "not compile and not distributed and not export and not memory and not ptx and not triton and not $covered" \
+    -k "not compile and not distributed and not export and not memory and not ptx and not triton and not $covered \
+      and not numerical_derivatives and not statistics and not trainer" \
     -n auto --dist loadfile
 fi
 
