@@ -4,10 +4,12 @@ backend   runs the test on the reference and on the CPU kernels of every tier th
 kernels   the same without the reference
 amx       the AMX tier, in an emulator where the processor has none
 bert      a random BERT's folder; task: a folder in CoLA's form; pretrained, parts: both as the examples load them
+poems     a file of 64 texts
 poison    (always on) memory that is not initialised holds NaN instead of convenient zeros
 """
 
 import ctypes
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +64,15 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_bert.make_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="module")
+def poems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 poems of two lines, each of one of eight characters repeated."""
+    rows = [{"paragraphs": [f"{c * n}，", f"{c * 3}。"]} for c in "春夏秋冬山水花月" for n in range(2, 10)]
+    path = tmp_path_factory.mktemp("data") / "poems.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")

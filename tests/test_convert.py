@@ -19,7 +19,7 @@ from tests.recorded import recorded
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pykernels.models import GPT2ML, GPT2MLConfig, NezhaDialog  # noqa: E402
+from pykernels.models import GPT2ML, GPT2MLConfig, NezhaConfig, NezhaDialog  # noqa: E402
 from pykernels.models import convert as converter  # noqa: E402
 
 SMALL = {
@@ -283,6 +283,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         converter.main(["--help"])
     assert end.value.code == 0 and "exit status: 0 written" in capsys.readouterr().out
+
+
+def test_special_tokens_are_those_of_the_vocabulary(tmp_path: Path) -> None:
+    """A NEZHA keeps those of the article's vocabulary where none is given; BERT's has others."""
+    from transformers import BertTokenizer
+
+    (tmp_path / "vocab.txt").write_text("\n".join([*"春眠", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]))
+    config = NezhaConfig(vocab_size=7)
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 2, 3)
+    converter._take_ids(config, BertTokenizer(str(tmp_path / "vocab.txt")))
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (2, 4, 5)
 
 
 def test_command_writes_nothing_that_is_not_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,15 +30,6 @@ SMALL = {"layers": 1, "width": 16, "heads": 2, "context": 24, "min_count": 1, "h
 SMALL |= {"fisher_batches": 2, "mask_steps": 4, "dropout": 0.0, "lora_lr": 1e-2, "loraplus_lr": 5e-3, "full_lr": 1e-2}
 
 
-@pytest.fixture(scope="module")
-def poems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 poems of two lines, each of one of eight characters repeated."""
-    rows = [{"paragraphs": [f"{c * n}，", f"{c * 3}。"]} for c in "春夏秋冬山水花月" for n in range(2, 10)]
-    path = tmp_path_factory.mktemp("data") / "poems.json"
-    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    return path
-
-
 def options(poems: Path, **more: Any) -> TuneConfig:
     return TuneConfig(**{"data": (str(poems),), "steps": 6, **SMALL, **more})
 

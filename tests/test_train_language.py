@@ -28,15 +28,6 @@ SMALL = "--layers 1 --width 16 --heads 2 --context 24 --batch-size 8 --dropout 0
 
 
 @pytest.fixture(scope="module")
-def poems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 poems of two lines, each of one of eight characters repeated."""
-    rows = [{"paragraphs": [f"{c * n}，", f"{c * 3}。"]} for c in "春夏秋冬山水花月" for n in range(2, 10)]
-    path = tmp_path_factory.mktemp("data") / "poems.json"
-    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def dialogs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """72 dialogues of three utterances; the second repeats the first's last token."""
     rng, rows = random.Random(1), []

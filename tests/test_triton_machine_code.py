@@ -158,14 +158,17 @@ def products_of(name: str, compiled: list[Compiled]) -> list[Compiled]:
 
 def assert_fits(compiled: list[Compiled], dtype: str, folder: Path) -> None:
     number: Counter[str] = Counter()
-    found = []
+    found, clean = [], set()
     for c in compiled:
         assert c.shared <= SHARED[c.capability], (c.name, c.shared)
         spilled = c.stack_bytes(folder)
         if spilled > KNOWN_SPILLS.get((c.name, number[c.name], c.capability, dtype), 0):
             found.append((c.name, number[c.name], c.capability, dtype, spilled))
+        if not spilled:
+            clean.add(c.name)
         number[c.name] += 1
     assert not found
+    assert clean == set(number), "a kernel of which every configuration spills"
 
 
 @pytest.mark.parametrize("capability", SHARED)

@@ -21,8 +21,6 @@ from torch import Tensor
 from .stop import Stop
 
 T = TypeVar("T")
-
-
 PATIENCE = 2.0
 """Seconds that a process which failed lives on: the launcher ends all others with it, and the first is to say why."""
 
@@ -56,9 +54,6 @@ class Processes:
     def prepare(self, *objects: Any) -> Any:
         """Models and optimizers as accelerate wraps them."""
         return self.accelerator.prepare(*objects)
-
-    def unwrapped(self, model: Any) -> Any:
-        return self.accelerator.unwrap_model(model)
 
     def release(self) -> None:
         """What was prepared; accelerate holds it else."""
