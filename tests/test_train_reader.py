@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -79,8 +80,10 @@ def test_killed_run_goes_on_from_its_last_checkpoint(data: Path, tmp_path: Path)
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if (killed / "last.safetensors").exists() and contents(killed / "last.safetensors")[1]["step"] >= 8:
-            break
+        if (killed / "last.safetensors").exists():
+            # safetensors opens a path twice, and the file is replaced all the time.
+            if contents(Path(shutil.copy(killed / "last.safetensors", tmp_path / "seen")))[1]["step"] >= 8:
+                break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     errors = process.communicate()[1].decode()
