@@ -244,6 +244,8 @@ def jobs(options: Options) -> list[Job]:
                 work = 60 * flops(CONFIGS[preset], rows * L, heads=False)
                 run = partial(run_trunk, preset, rows)
                 found.append(Job(NAME, f"{preset} trunk B{rows} L{L}", dtype, seconds, work, run))
+                if options.quick:  # bench_models.py has a smaller step
+                    continue
                 work = 60 * flops(CONFIGS[preset], rows * L, heads=True)
                 run = partial(run_step, preset, rows)
                 found.append(Job(NAME, f"{preset} training step B{rows} L{L}", dtype, 4 * seconds, work, run))

@@ -183,7 +183,8 @@ def jobs(options: Options) -> list[Job]:
     found = []
     for dtype in (name for name in options.dtypes if name != "fp16"):
         seconds = options.effort.seconds
-        found.append(Job(NAME, f"training step B{B} L{L}", dtype, 4 * seconds, 60 * FORWARD_FLOPS, run_step))
+        if not options.quick:  # bench_models.py has a smaller one
+            found.append(Job(NAME, f"training step B{B} L{L}", dtype, 4 * seconds, 60 * FORWARD_FLOPS, run_step))
         for rows in TRUNK_BATCHES[1:] if options.quick else TRUNK_BATCHES:
             flops = 40 * rows * L * 6 * BLOCK_FLOPS
             found.append(Job(NAME, f"passage trunk B{rows} L{L}", dtype, seconds, flops, partial(run_trunk, rows)))
