@@ -28,17 +28,20 @@ PackedHeader header_of(const GatedConvCall& call) {
           .taps = call.args.taps};
 }
 
-ProductWork forward_product(const GatedConvCall& call) {
+// For units of up to so many rows.
+ProductWork forward_product(const GatedConvCall& call, int64_t rows) {
   const GatedConvArgs& a = call.args;
   const GatedConvKernels& k = *call.kernels;
   const int64_t columns = (a.c_out + k.columns - 1) / k.columns;
   return {.columns = columns,
           .packed_bytes = columns ? k.packed_bytes(a.c_out, a.c_in, a.taps) / columns : 0,
           .activation_bytes = call.out_rows * a.c_in * k.panel_size,
+          .prepared_bytes = k.forward_rows_bytes(a, rows),
           .pack = [&](void* packed, int64_t begin,
                       int64_t end) { k.pack(packed, call.value_weight, call.gate_weight, a.c_out, a.c_in, a.taps, begin, end); },
+          .prepare = [&](const Blocks& blocks, void* prepared) { k.prepare_forward(a, blocks, prepared); },
           .run = [&](const void* packed, const Blocks& blocks, int64_t begin, int64_t end,
-                     void* scratch) { k.forward(a, packed, blocks, begin, end, scratch); }};
+                     const void* prepared) { k.forward(a, packed, blocks, begin, end, prepared); }};
 }
 
 }  // namespace
@@ -46,7 +49,7 @@ ProductWork forward_product(const GatedConvCall& call) {
 void gated_conv_forward(const GatedConvCall& call, const void* prepacked) {
   const int64_t rows = call.block_rows(call.out_rows, call.args.c_in);
   const Work work(call.sequences, &Sequence::out_rows, rows, 2 * call.kernels->row_tile);
-  run_product(forward_product(call), work, call.kernels->forward_scratch(call.args, work.max_rows()), prepacked);
+  run_product(forward_product(call, work.max_rows()), work, prepacked);
 }
 
 namespace {
@@ -71,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor> gated_conv_fwd(const at::Tensor& x, const at:
   }
   if (packed) {
     const PackedHeader wanted = header_of(call);
-    const ProductWork product = forward_product(call);
+    const ProductWork product = forward_product(call, 0);
     const auto bytes = static_cast<int64_t>(sizeof wanted) + product.columns * product.packed_bytes;
     TORCH_CHECK(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == bytes &&
                     std::memcmp(packed->const_data_ptr(), &wanted, sizeof wanted) == 0,
@@ -90,7 +93,7 @@ at::Tensor gated_conv_pack(const at::Tensor& weight, const OptionalTensor& gate_
   GatedConvCall call(
       {no_rows, weight, none, gate_weight, none, none, none, none, none, none, 1, "causal", "none", "identity", split, 0, 0});
   const PackedHeader header = header_of(call);
-  const ProductWork product = forward_product(call);
+  const ProductWork product = forward_product(call, 0);
   at::Tensor packed = at::empty({static_cast<int64_t>(sizeof header) + product.columns * product.packed_bytes}, at::kByte);
   auto* to = static_cast<char*>(packed.mutable_data_ptr());
   std::memcpy(to, &header, sizeof header);

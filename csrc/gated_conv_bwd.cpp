@@ -16,7 +16,7 @@ namespace {
 // Rows that one item of the elementwise pass and one step of the weight gradient take. Sums are cut at these, so they depend on sizes
 // alone.
 constexpr int64_t kGateRows = 256;
-constexpr int64_t kWeightPanelBytes = 256 << 10;
+constexpr int64_t kWeightPanelBytes = 1024 << 10;
 
 at::Tensor bytes(int64_t n) { return at::empty({n}, at::kByte); }
 
@@ -53,11 +53,13 @@ void backward_input(const GatedConvCall& call) {
       .columns = columns,
       .packed_bytes = k.packed_transposed_bytes(a.c_out, a.c_in, a.taps) / columns,
       .activation_bytes = call.in_rows * 2 * a.dh_half * k.panel_size,
+      .prepared_bytes = k.backward_input_bytes(a, work.max_rows()),
       .pack = [&](void* packed, int64_t begin,
                   int64_t end) { k.pack_transposed(packed, call.value_weight, call.gate_weight, a.c_out, a.c_in, a.taps, begin, end); },
+      .prepare = [&](const Blocks& blocks, void* prepared) { k.prepare_backward_input(a, blocks, prepared); },
       .run = [&](const void* packed, const Blocks& blocks, int64_t begin, int64_t end,
-                 void* scratch) { k.backward_input(a, packed, blocks, begin, end, scratch); }};
-  run_product(product, work, k.backward_input_scratch(a, work.max_rows()), nullptr);
+                 const void* prepared) { k.backward_input(a, packed, blocks, begin, end, prepared); }};
+  run_product(product, work, nullptr);
 }
 
 void backward_weight(const GatedConvCall& call, void* value_dweight, void* gate_dweight) {
@@ -65,6 +67,13 @@ void backward_weight(const GatedConvCall& call, void* value_dweight, void* gate_
   const GatedConvKernels& k = *call.kernels;
   const int64_t rows = std::clamp<int64_t>(kWeightPanelBytes / (2 * args.dh_half * k.panel_size) / 32 * 32, 64, 256);
   const Work work(call.sequences, &Sequence::live_out, rows, rows);
+  const int64_t blocks = k.weight_column_blocks(args) / args.taps, threads = at::get_num_threads();
+  if (work.size() == 1 && threads <= blocks) {
+    parallel_items(threads, k.whole_weight_scratch(args, work.max_rows()), [&](int64_t item, void* scratch) {
+      k.whole_weight(args, work[0], value_dweight, gate_dweight, blocks * item / threads, blocks * (item + 1) / threads, scratch);
+    });
+    return;
+  }
   const WeightGradient gradient{.columns = k.weight_column_blocks(args),
                                 .partial_bytes = k.partial_elements(args) * k.sum_size,
                                 .run = [&](const Blocks& blocks, void* partial, bool add, int64_t begin, int64_t end, void* scratch) {

@@ -43,28 +43,26 @@ void forward_products(const std::vector<LoraLinearCall*>& calls) {
   const ProductWork product{.columns = starts.back(),
                             .packed_bytes = packed_bytes,
                             .activation_bytes = first.args.rows * first.args.in * k.panel_size,
+                            .prepared_bytes = k.prepared_bytes(work.max_rows(), first.args.in),
                             .pack =
                                 [&](void* packed, int64_t begin, int64_t end) {
                                   by_projection(begin, end, [&](const LoraLinearArgs& args, int64_t from, int64_t to, int64_t place) {
                                     k.pack(args, static_cast<char*>(packed) + place, from, to);
                                   });
                                 },
+                            .prepare =
+                                [&](const Blocks& blocks, void* prepared) {
+                                  const LoraLinearArgs& a = first.args;
+                                  k.prepare(a.x, a.x_row, a.in, a.rows, blocks.data[0].first, blocks.rows, prepared);
+                                },
                             .run =
-                                [&](const void* packed, const Blocks& blocks, int64_t begin, int64_t end, void* scratch) {
+                                [&](const void* packed, const Blocks& blocks, int64_t begin, int64_t end, const void* prepared) {
                                   by_projection(begin, end, [&](const LoraLinearArgs& args, int64_t from, int64_t to, int64_t place) {
                                     k.forward(args, static_cast<const char*>(packed) + place, blocks.data[0].first, blocks.rows, from, to,
-                                              scratch);
+                                              prepared);
                                   });
                                 }};
-  at::Tensor x;
-  if (runs_by_columns(product, work)) {  // every column block reads all rows again
-    x = spread_rows(first.x);
-    for (LoraLinearCall* call : calls) {
-      call->args.x = x.const_data_ptr();
-      call->args.x_row = x.stride(0);
-    }
-  }
-  run_product(product, work, k.product_scratch(work.max_rows(), first.args.in), nullptr);
+  run_product(product, work, nullptr);
 }
 
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;

@@ -36,8 +36,8 @@ void adapter_gradients(const LoraLinearCall& call, void* da, void* db, void* dbi
   if (wanted) k.reduce_adapters(args, call.adapters, to, partials, da, db, dbias);
 }
 
-void input_gradient(LoraLinearCall& call, const at::Tensor& dy) {
-  LoraLinearArgs& args = call.args;
+void input_gradient(const LoraLinearCall& call) {
+  const LoraLinearArgs& args = call.args;
   const LoraLinearKernels& k = *call.kernels;
   if (args.rows <= k.few_rows) {
     return few_rows(k.few_scratch, args.rows, args.out, args.in,
@@ -48,16 +48,13 @@ void input_gradient(LoraLinearCall& call, const at::Tensor& dy) {
       .columns = k.column_blocks(args.in),
       .packed_bytes = k.packed_bytes(args.out),
       .activation_bytes = args.rows * args.out * k.panel_size,
+      .prepared_bytes = k.prepared_bytes(work.max_rows(), args.out),
       .pack = [&](void* to, int64_t begin, int64_t end) { k.pack_transposed(args, to, begin, end); },
+      .prepare = [&](const Blocks& blocks,
+                     void* prepared) { k.prepare(args.dy, args.dy_row, args.out, args.rows, blocks.data[0].first, blocks.rows, prepared); },
       .run = [&](const void* packed, const Blocks& blocks, int64_t begin, int64_t end,
-                 void* scratch) { k.backward_input(args, packed, blocks.data[0].first, blocks.rows, begin, end, scratch); }};
-  at::Tensor rows;
-  if (runs_by_columns(product, work)) {  // every column block reads all rows again
-    rows = spread_rows(dy);
-    args.dy = rows.const_data_ptr();
-    args.dy_row = rows.stride(0);
-  }
-  run_product(product, work, k.product_scratch(work.max_rows(), args.out), nullptr);
+                 const void* prepared) { k.backward_input(args, packed, blocks.data[0].first, blocks.rows, begin, end, prepared); }};
+  run_product(product, work, nullptr);
 }
 
 void weight_gradient(const LoraLinearCall& call, void* dweight) {
@@ -94,7 +91,7 @@ void run(LoraLinearCall& call, const at::Tensor& dy, const at::Tensor& s, const 
   if (keep.numel()) args.keep = const_cast<uint8_t*>(keep.const_data_ptr<uint8_t>());
   adapter_gradients(call, pointer(da), pointer(db), pointer(dbias));
   if (dweight.numel()) weight_gradient(call, pointer(dweight));
-  if (args.dx) input_gradient(call, dy_rows);
+  if (args.dx) input_gradient(call);
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;

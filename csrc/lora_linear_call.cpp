@@ -99,14 +99,6 @@ void few_rows(int64_t (*scratch_of)(int64_t, int64_t, int64_t), int64_t rows, in
   });
 }
 
-at::Tensor spread_rows(const at::Tensor& rows) {
-  constexpr int64_t kBytes = 2048, kLine = 64;
-  const int64_t size = static_cast<int64_t>(rows.element_size());
-  if (rows.stride(0) * size % kBytes) return rows;
-  at::Tensor spread = at::empty({rows.size(0), rows.size(1) + kLine / size}, rows.options()).narrow(1, 0, rows.size(1));
-  return spread.copy_(rows);
-}
-
 std::vector<LoraLinearCall> stacked_calls(const StackedInputs& in) {
   const size_t count = check_stacked(in);
   const OptionalTensor none;

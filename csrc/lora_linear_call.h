@@ -44,7 +44,4 @@ void* elements_of(const at::Tensor& t);
 void few_rows(int64_t (*scratch_of)(int64_t, int64_t, int64_t), int64_t rows, int64_t depth, int64_t outputs,
               const std::function<void(int64_t begin, int64_t end, void* scratch)>& run);
 
-// Rows that share a few sets of a cache, a power of two apart, copied to where they do not; others as they are.
-at::Tensor spread_rows(const at::Tensor& rows);
-
 }  // namespace pykernels

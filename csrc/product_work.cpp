@@ -60,23 +60,32 @@ bool runs_by_columns(const ProductWork& product, const Work& work) {
   return product.columns >= shares() && (heavy_weights || product.activation_bytes <= kActivationBytes);
 }
 
-void run_product(const ProductWork& product, const Work& work, int64_t scratch_bytes, const void* prepacked) {
-  constexpr int64_t kPackedBytes = 512 << 10;  // packed at a time, to be read again from a thread's own cache
+void run_product(const ProductWork& product, const Work& work, const void* prepacked) {
+  constexpr int64_t kPackedBytes = 512 << 10;   // packed at a time, to be read again from a thread's own cache
+  constexpr int64_t kPreparedBytes = 64 << 20;  // of all rows
+  const int64_t unit_bytes = (product.prepared_bytes + 63) / 64 * 64;
   const int64_t wanted = shares(), columns = product.columns;
   const auto block_of = [&](const void* packed, int64_t block) { return static_cast<const char*>(packed) + block * product.packed_bytes; };
   if (runs_by_columns(product, work)) {
     const int64_t items = columns % wanted == 0 ? wanted : std::min(columns, 2 * wanted);  // uneven shares are made smaller
     const int64_t per_item = (columns + items - 1) / std::max<int64_t>(1, items);
     const int64_t group = std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(1, product.packed_bytes), 1, std::max<int64_t>(1, per_item));
-    const int64_t scratch_size = (scratch_bytes + 63) / 64 * 64;
-    parallel_items(items, scratch_size + (prepacked ? 0 : group * product.packed_bytes), [&](int64_t item, void* scratch) {
-      void* own = static_cast<char*>(scratch) + scratch_size;
+    // Before all shares where each would prepare them again and again; else by each, in memory that its cache has already.
+    const bool once = per_item > group && work.size() * unit_bytes <= kPreparedBytes;
+    const at::Tensor all_prepared = at::empty({once ? work.size() * unit_bytes : 0}, at::kByte);
+    const auto of_unit = [&](int64_t unit) { return static_cast<char*>(all_prepared.mutable_data_ptr()) + unit * unit_bytes; };
+    if (once) parallel_items(work.size(), 0, [&](int64_t unit, void*) { product.prepare(work[unit], of_unit(unit)); });
+    parallel_items(items, (once ? 0 : unit_bytes) + (prepacked ? 0 : group * product.packed_bytes), [&](int64_t item, void* scratch) {
+      void* own = static_cast<char*>(scratch) + (once ? 0 : unit_bytes);
       const int64_t last = columns * (item + 1) / items;
       for (int64_t begin = columns * item / items; begin < last; begin += group) {
         const int64_t end = std::min(last, begin + group);
         if (!prepacked) product.pack(own, begin, end);
         const void* packed = prepacked ? block_of(prepacked, begin) : own;
-        for (int64_t unit = 0; unit < work.size(); unit++) product.run(packed, work[unit], begin, end, scratch);
+        for (int64_t unit = 0; unit < work.size(); unit++) {
+          if (!once) product.prepare(work[unit], scratch);
+          product.run(packed, work[unit], begin, end, once ? of_unit(unit) : scratch);
+        }
       }
     });
     return;
@@ -87,7 +96,10 @@ void run_product(const ProductWork& product, const Work& work, int64_t scratch_b
     pack_all(product, buffer.mutable_data_ptr());
     prepacked = buffer.const_data_ptr();
   }
-  parallel_items(work.size(), scratch_bytes, [&](int64_t item, void* scratch) { product.run(prepacked, work[item], 0, columns, scratch); });
+  parallel_items(work.size(), unit_bytes, [&](int64_t item, void* prepared) {
+    product.prepare(work[item], prepared);
+    product.run(prepacked, work[item], 0, columns, prepared);
+  });
 }
 
 int64_t partial_sums(const WeightGradient& gradient, int64_t units) {

@@ -32,8 +32,10 @@ struct ProductWork {
   int64_t columns;           // column blocks
   int64_t packed_bytes;      // of one of them
   int64_t activation_bytes;  // of all rows
+  int64_t prepared_bytes;    // of what all columns need of one unit's rows
   std::function<void(void* packed, int64_t begin, int64_t end)> pack;
-  std::function<void(const void* packed, const Blocks&, int64_t begin, int64_t end, void* scratch)> run;
+  std::function<void(const Blocks&, void* prepared)> prepare;
+  std::function<void(const void* packed, const Blocks&, int64_t begin, int64_t end, const void* prepared)> run;
 };
 
 void pack_all(const ProductWork& product, void* packed);
@@ -42,7 +44,7 @@ void pack_all(const ProductWork& product, void* packed);
 // weights than rows: threads take columns, pack some at a time for themselves and run all rows, so that packed weights stay in a core's own
 // cache. Every element is summed in the same order either way.
 bool runs_by_columns(const ProductWork& product, const Work& work);
-void run_product(const ProductWork& product, const Work& work, int64_t scratch_bytes, const void* prepacked);
+void run_product(const ProductWork& product, const Work& work, const void* prepacked);
 
 // The gradient of a weight: sums over units of work, in `partials` sums that each take a fixed share of the units.
 struct WeightGradient {

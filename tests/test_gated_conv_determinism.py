@@ -25,6 +25,8 @@ CASES = [
     Case(B=3, L=200, C_in=130, C_out=130, padding="valid", residual="add", gate_noise=0.3),
     Case(B=300, L=1, C_in=24, C_out=24, K=2, dilation=64),
     Case(B=1, L=5, C_in=260, C_out=260, K=1),
+    # Weights that one thread packs in several groups: its rows are prepared before, those of several threads by each.
+    Case(B=2, L=40, C_in=300, C_out=300, K=7, rows="mask", cond="one", gate_dropout=0.1),
 ]
 
 

@@ -25,7 +25,7 @@ CASES = [
     LoraCase(leading=(5,), K=300, N=700, R=4, float_adapters=True, transposed=True),
     LoraCase(leading=(1100,), K=520, N=24, R=3, float_adapters=True),
     LoraCase(leading=(1,), K=600, N=200, R=16, dropout=0.5),
-    LoraCase(leading=(60,), K=1024, N=300, R=2, transposed=True),
+    LoraCase(leading=(70,), K=1024, N=700, R=2, transposed=True),
     LoraCase(leading=(1200,), K=24, N=24, R=20, E=2),
 ]
 

@@ -77,11 +77,26 @@ void zero_row(const GatedConvArgs& args, int64_t row, int64_t column, int64_t co
   }
 }
 
+// What a product with some rows of x reads, whichever its columns. Lies in memory of forward_rows_bytes, which it points into.
 template <class T, class P>
-int64_t forward_scratch(const GatedConvArgs& args, int64_t rows) {
+struct ForwardRows {
   using C = Arithmetic<P>;
-  int64_t bytes = Scratch::bytes<Tap<P>>(args.taps) + Scratch::bytes<P>(panel_elements<P>(args, rows, panel_width<P>(args.c_in))) +
-                  Scratch::bytes<T>(rows * args.c_in);
+  Block first;   // the first block, without padding where it is the only one
+  int64_t rows;  // of all blocks
+  const Tap<P>* taps;
+  int64_t ntaps;
+  const T* x;  // what the blend adds
+  int64_t x_row;
+  const T *value_cond, *gate_cond;
+  int64_t cond_row;
+  RandomFactors<C> factors;
+};
+
+template <class T, class P>
+int64_t forward_rows_bytes(const GatedConvArgs& args, int64_t rows) {
+  using C = Arithmetic<P>;
+  int64_t bytes = Scratch::bytes<ForwardRows<T, P>>(1) + Scratch::bytes<Tap<P>>(args.taps) +
+                  Scratch::bytes<P>(panel_elements<P>(args, rows, panel_width<P>(args.c_in))) + Scratch::bytes<T>(rows * args.c_in);
   bytes += RandomFactors<C>::scratch(args, rows);
   if (args.value_cond && !args.cond_per_row) bytes += 2 * Scratch::bytes<T>(rows * args.c_out);
   return bytes;
@@ -98,18 +113,52 @@ const T* repeat_cond(T* to, const void* cond, const GatedConvArgs& args, const B
   return to;
 }
 
+template <class T, class P>
+void prepare_forward(const GatedConvArgs& args, const Blocks& whole, void* memory) {
+  using C = Arithmetic<P>;
+  const int64_t depth = panel_width<P>(args.c_in);
+  Scratch scratch(memory);
+  ForwardRows<T, P>& to = *scratch.take<ForwardRows<T, P>>(1);
+  to = {.first = whole.data[0], .rows = whole.rows};
+  // A single block is trimmed to the rows that are not padding; several short ones are computed whole.
+  Blocks blocks = whole;
+  if (whole.count == 1) {
+    trim(to.first, args, args.sequences[to.first.sequence].live_out, args.shift);
+    to.rows = to.first.rows;
+    blocks = {&to.first, 1, to.rows};
+  }
+  if (to.rows <= 0) return;
+  const Sequence& sequence = args.sequences[to.first.sequence];
+  const int64_t row0 = sequence.out_row + to.first.first;
+  Tap<P>* taps = scratch.take<Tap<P>>(args.taps);
+  P* panel = scratch.take<P>(panel_elements<P>(args, to.rows, depth));
+  to.taps = taps;
+  to.ntaps = taps_of(taps, panel, args, blocks, -args.left, args.dilation, depth, [&](const Sequence& s) { return x_rows<T>(args, s); });
+  if (args.residual != Residual::none) to.x = residual_rows(scratch.take<T>(to.rows * args.c_in), to.x_row, args, blocks);
+  to.factors = RandomFactors<C>(args, row0, to.rows, scratch);
+  if (!args.value_cond) return;
+  const auto* value_cond = static_cast<const T*>(args.value_cond);
+  const auto* gate_cond = static_cast<const T*>(args.gate_cond);
+  if (args.cond_per_row) {
+    to.value_cond = value_cond + row0 * args.cond_row;
+    to.gate_cond = gate_cond + row0 * args.cond_row;
+    to.cond_row = args.cond_row;
+  } else if (blocks.count == 1) {  // the same row again and again: added apart from the bias, as for several sequences
+    to.value_cond = value_cond + sequence.index * args.cond_row;
+    to.gate_cond = gate_cond + sequence.index * args.cond_row;
+  } else {
+    to.value_cond = repeat_cond(scratch.take<T>(to.rows * args.c_out), args.value_cond, args, blocks);
+    to.gate_cond = repeat_cond(scratch.take<T>(to.rows * args.c_out), args.gate_cond, args, blocks);
+    to.cond_row = args.c_out;
+  }
+}
+
 template <class T, class P, Residual kResidual, ValueAct kAct>
-void forward_rows(const GatedConvArgs& args, const void* packed, const Blocks& blocks, int64_t begin, int64_t end, void* memory) {
+void forward_rows(const GatedConvArgs& args, const void* packed, const ForwardRows<T, P>& from, int64_t begin, int64_t end) {
   using C = Arithmetic<P>;
   constexpr int W = kLanes<C>;
-  const int64_t depth = panel_width<P>(args.c_in), rows = blocks.rows;
-  const Sequence& sequence = args.sequences[blocks.data[0].sequence];
-  const int64_t row0 = sequence.out_row + blocks.data[0].first;
-  Scratch scratch(memory);
-  Tap<P>* taps = scratch.take<Tap<P>>(args.taps);
-  P* panel = scratch.take<P>(panel_elements<P>(args, rows, depth));
-  const int64_t ntaps =
-      taps_of(taps, panel, args, blocks, -args.left, args.dilation, depth, [&](const Sequence& s) { return x_rows<T>(args, s); });
+  const int64_t depth = panel_width<P>(args.c_in);
+  const int64_t row0 = args.sequences[from.first.sequence].out_row + from.first.first;
   GateTile<T, C, kResidual, kAct> all{};  // at row 0, column 0
   all.c_out = args.c_out;
   all.y = static_cast<T*>(args.y) + row0 * args.c_out;
@@ -117,20 +166,12 @@ void forward_rows(const GatedConvArgs& args, const void* packed, const Blocks& b
     all.saved_value = static_cast<T*>(args.saved_value) + row0 * args.c_out;
     all.saved_gate = static_cast<T*>(args.saved_gate) + row0 * args.c_out;
   }
-  if (kResidual != Residual::none) all.x = residual_rows(scratch.take<T>(rows * args.c_in), all.x_row, args, blocks);
-  all.factors = RandomFactors<C>(args, row0, rows, scratch);
-  if (args.value_cond && args.cond_per_row) {
-    all.value_cond = static_cast<const T*>(args.value_cond) + row0 * args.cond_row;
-    all.gate_cond = static_cast<const T*>(args.gate_cond) + row0 * args.cond_row;
-    all.cond_row = args.cond_row;
-  } else if (args.value_cond && blocks.count == 1) {  // the same row again and again: added apart from the bias, as for several sequences
-    all.value_cond = static_cast<const T*>(args.value_cond) + sequence.index * args.cond_row;
-    all.gate_cond = static_cast<const T*>(args.gate_cond) + sequence.index * args.cond_row;
-  } else if (args.value_cond) {
-    all.value_cond = repeat_cond(scratch.take<T>(rows * args.c_out), args.value_cond, args, blocks);
-    all.gate_cond = repeat_cond(scratch.take<T>(rows * args.c_out), args.gate_cond, args, blocks);
-    all.cond_row = args.c_out;
-  }
+  all.x = from.x;
+  all.x_row = from.x_row;
+  all.factors = from.factors;
+  all.value_cond = from.value_cond;
+  all.gate_cond = from.gate_cond;
+  all.cond_row = from.cond_row;
 
   auto make = [&](int64_t block, int64_t row, const C* acc) {
     const int64_t column = block * W, n = min<int64_t>(W, args.c_out - column);
@@ -153,26 +194,21 @@ void forward_rows(const GatedConvArgs& args, const void* packed, const Blocks& b
     if (args.gate_bias) tile.gate_bias = load_columns(static_cast<const T*>(args.gate_bias) + column, n);
     return tile;
   };
-  for_each_tile(taps, ntaps, rows, depth, static_cast<const P*>(packed), args.taps * tap_weights<P>(depth), begin, end, make);
+  for_each_tile(from.taps, from.ntaps, from.rows, depth, static_cast<const P*>(packed), args.taps * tap_weights<P>(depth), begin, end,
+                make);
 }
 
 template <class T, class P>
-void forward(const GatedConvArgs& args, const void* packed, const Blocks& blocks, int64_t begin, int64_t end, void* scratch) {
-  using Body = void (*)(const GatedConvArgs&, const void*, const Blocks&, int64_t, int64_t, void*);
+void forward(const GatedConvArgs& args, const void* packed, const Blocks& blocks, int64_t begin, int64_t end, const void* prepared) {
+  using Body = void (*)(const GatedConvArgs&, const void*, const ForwardRows<T, P>&, int64_t, int64_t);
   static constexpr Body bodies[3][2] = {
       {forward_rows<T, P, Residual::highway, ValueAct::identity>, forward_rows<T, P, Residual::highway, ValueAct::tanh>},
       {forward_rows<T, P, Residual::add, ValueAct::identity>, forward_rows<T, P, Residual::add, ValueAct::tanh>},
       {forward_rows<T, P, Residual::none, ValueAct::identity>, forward_rows<T, P, Residual::none, ValueAct::tanh>}};
-  // A single block is trimmed to the rows that are not padding; several short ones are computed whole.
-  Block trimmed = blocks.data[0];
-  Blocks compute = blocks;
-  if (blocks.count == 1) {
-    trim(trimmed, args, args.sequences[trimmed.sequence].live_out, args.shift);
-    compute = {&trimmed, 1, trimmed.rows};
-  }
-  if (compute.rows > 0) {
+  const auto& rows = *static_cast<const ForwardRows<T, P>*>(prepared);
+  if (rows.rows > 0) {
     Product<P>::begin();
-    bodies[int(args.residual)][int(args.value_act)](args, packed, compute, begin, end, scratch);
+    bodies[int(args.residual)][int(args.value_act)](args, packed, rows, begin, end);
     Product<P>::end();
   }
   const int64_t column = begin * Product<P>::kLanes, columns = min(args.c_out, end * Product<P>::kLanes) - column;
@@ -197,7 +233,8 @@ void add_gated_conv_forward(GatedConvKernels& table) {
   table.depth_unit = Product<P>::kDepth;
   table.packed_bytes = packed_bytes<P>;
   table.pack = pack<T, P>;
-  table.forward_scratch = forward_scratch<T, P>;
+  table.forward_rows_bytes = forward_rows_bytes<T, P>;
+  table.prepare_forward = prepare_forward<T, P>;
   table.forward = forward<T, P>;
 }
 

@@ -42,8 +42,10 @@ struct GatedConvKernels {
   int64_t (*packed_bytes)(int64_t c_out, int64_t c_in, int64_t taps);
   void (*pack)(void* packed, const void* value_weight, const void* gate_weight, int64_t c_out, int64_t c_in, int64_t taps, int64_t begin,
                int64_t end);
-  int64_t (*forward_scratch)(const GatedConvArgs&, int64_t rows);
-  void (*forward)(const GatedConvArgs&, const void* packed, const Blocks&, int64_t begin, int64_t end, void* scratch);
+  // What all columns need of the rows of some blocks is prepared once; forward multiplies it with column blocks [begin, end).
+  int64_t (*forward_rows_bytes)(const GatedConvArgs&, int64_t rows);
+  void (*prepare_forward)(const GatedConvArgs&, const Blocks&, void* prepared);
+  void (*forward)(const GatedConvArgs&, const void* packed, const Blocks&, int64_t begin, int64_t end, const void* prepared);
 
   // Backward, in this order. gate: dh, dcond and the sums of dh over the block's rows, sums [2 * c_out].
   int64_t (*backward_gate_scratch)(const GatedConvArgs&, int64_t rows);
@@ -54,10 +56,11 @@ struct GatedConvKernels {
   int64_t (*packed_transposed_bytes)(int64_t c_out, int64_t c_in, int64_t taps);
   void (*pack_transposed)(void* packed, const void* value_weight, const void* gate_weight, int64_t c_out, int64_t c_in, int64_t taps,
                           int64_t begin, int64_t end);
-  int64_t (*backward_input_scratch)(const GatedConvArgs&, int64_t rows);
-  void (*backward_input)(const GatedConvArgs&, const void* packed, const Blocks&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*backward_input_bytes)(const GatedConvArgs&, int64_t rows);
+  void (*prepare_backward_input)(const GatedConvArgs&, const Blocks&, void* prepared);
+  void (*backward_input)(const GatedConvArgs&, const void* packed, const Blocks&, int64_t begin, int64_t end, const void* prepared);
   // Partial weight gradients: the rows of some blocks make, or with `add` are added to, column blocks [begin, end) of `partial`, counted
-  // over taps x blocks of c_in.
+  // over blocks of c_in x taps.
   int64_t (*weight_column_blocks)(const GatedConvArgs&);
   int64_t (*partial_elements)(const GatedConvArgs&);
   int64_t (*backward_weight_scratch)(const GatedConvArgs&, int64_t rows);
@@ -65,6 +68,10 @@ struct GatedConvKernels {
   // Rows [begin, end) of the 2 * c_out of dweight = the sum of `partials` in their order.
   void (*reduce_weight)(const GatedConvArgs&, const void* partials, int64_t count, void* value_dweight, void* gate_dweight, int64_t begin,
                         int64_t end);
+  // Both in one, where all rows are in these blocks: blocks [begin, end) of c_in, whose sums stay in a core's own cache.
+  int64_t (*whole_weight_scratch)(const GatedConvArgs&, int64_t rows);
+  void (*whole_weight)(const GatedConvArgs&, const Blocks&, void* value_dweight, void* gate_dweight, int64_t begin, int64_t end,
+                       void* scratch);
 };
 
 // The tier's kernels for a dtype, null for one that it does not serve. bf16_products: float32 may be multiplied in bf16.

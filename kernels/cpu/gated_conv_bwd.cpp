@@ -148,28 +148,53 @@ struct InputTile {
   }
 };
 
+// What a product with some rows of dh reads, as ForwardRows does of x.
 template <class P>
-int64_t backward_input_scratch(const GatedConvArgs& args, int64_t rows) {
-  return Scratch::bytes<Tap<P>>(args.taps) + Scratch::bytes<P>(panel_elements<P>(args, rows, 2 * args.dh_half));
+struct InputRows {
+  Block first;
+  int64_t rows;
+  const Tap<P>* taps;
+  int64_t ntaps;
+};
+
+template <class P>
+int64_t backward_input_bytes(const GatedConvArgs& args, int64_t rows) {
+  return Scratch::bytes<InputRows<P>>(1) + Scratch::bytes<Tap<P>>(args.taps) +
+         Scratch::bytes<P>(panel_elements<P>(args, rows, 2 * args.dh_half));
+}
+
+template <class P>
+void prepare_backward_input(const GatedConvArgs& args, const Blocks& whole, void* memory) {
+  const int64_t depth = 2 * args.dh_half;
+  Scratch scratch(memory);
+  InputRows<P>& to = *scratch.take<InputRows<P>>(1);
+  to = {.first = whole.data[0], .rows = whole.rows};
+  Blocks blocks = whole;
+  if (whole.count == 1) {
+    trim(to.first, args, args.sequences[to.first.sequence].live, 0);
+    to.rows = to.first.rows;
+    blocks = {&to.first, 1, to.rows};
+  }
+  if (to.rows <= 0) return;
+  Tap<P>* taps = scratch.take<Tap<P>>(args.taps);
+  P* panel = scratch.take<P>(panel_elements<P>(args, to.rows, depth));
+  to.taps = taps;
+  to.ntaps = taps_of(taps, panel, args, blocks, args.left, -args.dilation, depth, [&](const Sequence& s) {
+    return Rows<P>{static_cast<const P*>(args.dh) + s.out_row * args.dh_row, args.dh_row, 1, depth, s.live_out, nullptr};
+  });
 }
 
 // One block of x rows of one sequence, or several whole sequences whose taps are gathered.
 template <class T, class P, Residual kResidual>
-void input_rows(const GatedConvArgs& args, const void* packed, const Blocks& blocks, int64_t begin, int64_t end, void* memory) {
+void input_rows(const GatedConvArgs& args, const void* packed, const Blocks& blocks, const InputRows<P>& from, int64_t begin, int64_t end) {
   using C = Arithmetic<P>;
   const int64_t depth = 2 * args.dh_half;
-  const Sequence& sequence = args.sequences[blocks.data[0].sequence];
-  const int64_t first = blocks.data[0].first, in_row = sequence.in_row + first;
-  Scratch scratch(memory);
-  Tap<P>* taps = scratch.take<Tap<P>>(args.taps);
-  P* panel = scratch.take<P>(panel_elements<P>(args, blocks.rows, depth));
-  const int64_t ntaps = taps_of(taps, panel, args, blocks, args.left, -args.dilation, depth, [&](const Sequence& s) {
-    return Rows<P>{static_cast<const P*>(args.dh) + s.out_row * args.dh_row, args.dh_row, 1, depth, s.live_out, nullptr};
-  });
+  const Sequence& sequence = args.sequences[from.first.sequence];
+  const int64_t first = from.first.first, in_row = sequence.in_row + first;
   // Several sequences share their numbering of x and output rows: shift is zero there.
   const int64_t out_row = sequence.out_row + first - args.shift;
   const int64_t first_out = args.shift - first;
-  const int64_t end_out = blocks.count == 1 ? first_out + sequence.live_out : blocks.rows;
+  const int64_t end_out = blocks.count == 1 ? first_out + sequence.live_out : from.rows;
   auto make = [&](int64_t block, int64_t row, const C* acc) {
     return InputTile<T, C, kResidual>{acc,
                                       Product<P>::kRows * Product<P>::kLanes,
@@ -182,23 +207,19 @@ void input_rows(const GatedConvArgs& args, const void* packed, const Blocks& blo
                                       args.c_out,
                                       block * kBlockColumns<P>};
   };
-  for_each_tile(taps, ntaps, blocks.rows, depth, static_cast<const P*>(packed), args.taps * tap_weights<P>(depth), begin, end, make);
+  for_each_tile(from.taps, from.ntaps, from.rows, depth, static_cast<const P*>(packed), args.taps * tap_weights<P>(depth), begin, end,
+                make);
 }
 
 template <class T, class P>
-void backward_input(const GatedConvArgs& args, const void* packed, const Blocks& blocks, int64_t begin, int64_t end, void* scratch) {
-  using Body = void (*)(const GatedConvArgs&, const void*, const Blocks&, int64_t, int64_t, void*);
+void backward_input(const GatedConvArgs& args, const void* packed, const Blocks& blocks, int64_t begin, int64_t end, const void* prepared) {
+  using Body = void (*)(const GatedConvArgs&, const void*, const Blocks&, const InputRows<P>&, int64_t, int64_t);
   static constexpr Body bodies[3] = {input_rows<T, P, Residual::highway>, input_rows<T, P, Residual::add>,
                                      input_rows<T, P, Residual::none>};
-  Block trimmed = blocks.data[0];
-  Blocks compute = blocks;
-  if (blocks.count == 1) {
-    trim(trimmed, args, args.sequences[trimmed.sequence].live, 0);
-    compute = {&trimmed, 1, trimmed.rows};
-  }
-  if (compute.rows > 0) {
+  const auto& rows = *static_cast<const InputRows<P>*>(prepared);
+  if (rows.rows > 0) {
     Product<P>::begin();
-    bodies[int(args.residual)](args, packed, compute, begin, end, scratch);
+    bodies[int(args.residual)](args, packed, blocks, rows, begin, end);
     Product<P>::end();
   }
   const int64_t column = begin * kBlockColumns<P>, columns = min(args.c_in, end * kBlockColumns<P>) - column;
@@ -212,98 +233,6 @@ void backward_input(const GatedConvArgs& args, const void* packed, const Blocks&
   }
 }
 
-// ---- dW ------------------------------------------------------------------------------------------------------------------------------
-
-template <class P>
-int64_t weight_column_blocks(const GatedConvArgs& args) {
-  return args.taps * x_column_blocks<P>(args.c_in);
-}
-template <class P>
-int64_t partial_elements(const GatedConvArgs& args) {
-  return weight_column_blocks<P>(args) * 2 * args.dh_half * kBlockColumns<P>;
-}
-
-template <class T, class P>
-int64_t backward_weight_scratch(const GatedConvArgs& args, int64_t rows) {
-  const int64_t depth = panel_width<P>(rows);
-  return Scratch::bytes<P>(2 * args.dh_half * transposed_stride<P>(depth)) + Scratch::bytes<P>(tap_weights<P>(depth)) +
-         Scratch::bytes<T>(rows * args.c_in);
-}
-
-// Rows of x that one tap reads for all rows of the blocks, columns [column, column + 2 vectors), packed as the inner dimension of B.
-template <class T, class P>
-void pack_x(P* to, T* panel, bool fill_panel, const GatedConvArgs& args, const Blocks& blocks, int64_t tap, int64_t column) {
-  int64_t e = 0;
-  for (int64_t i = 0; i < blocks.count; i++) {
-    const Block& block = blocks.data[i];
-    Rows<T> x = x_rows<T>(args, args.sequences[block.sequence]);
-    int64_t start = block.first + tap * args.dilation - args.left;
-    if (x.column_stride != 1) {
-      T* rows = panel + e * args.c_in;
-      if (fill_panel) gather_rows(rows, args.c_in, args.c_in, x, start, block.rows);
-      x = {rows, args.c_in, 1, args.c_in, block.rows, nullptr};
-      start = 0;
-    }
-    e = pack_rows(to, e, block.rows, column, args.c_in,
-                  [&](int64_t r) { return x.reads_zero(start + r) ? nullptr : x.data + (start + r) * x.row_stride; });
-  }
-  zero_packed_tail(to, e, panel_width<P>(e));
-}
-
-template <class T, class P>
-void backward_weight(const GatedConvArgs& args, const Blocks& blocks, void* partial, bool add, int64_t begin, int64_t end, void* memory) {
-  using C = Arithmetic<P>;
-  const int64_t outputs = 2 * args.dh_half, depth = panel_width<P>(blocks.rows), stride = transposed_stride<P>(depth);
-  Scratch scratch(memory);
-  P* dh = scratch.take<P>(outputs * stride);
-  P* x = scratch.take<P>(tap_weights<P>(depth));
-  T* panel = scratch.take<T>(blocks.rows * args.c_in);
-  // dh^T: outputs are the rows of the product, rows of the batch its inner dimension.
-  int64_t e = 0;
-  for (int64_t i = 0; i < blocks.count; i++) {
-    const Block& block = blocks.data[i];
-    const P* from = static_cast<const P*>(args.dh) + (args.sequences[block.sequence].out_row + block.first) * args.dh_row;
-    transpose_dh(dh, stride, e, from, args.dh_row, block.rows, outputs);
-    e += block.rows;
-  }
-  zero_dh_tail(dh, stride, blocks.rows, depth, outputs);
-
-  const int64_t columns = x_column_blocks<P>(args.c_in);
-  int64_t gathered = -1;
-  Product<P>::begin();
-  for (int64_t index = begin; index < end; index++) {
-    const int64_t tap = index / columns;
-    pack_x<T, P>(x, panel, tap != gathered, args, blocks, tap, index % columns * kBlockColumns<P>);
-    gathered = tap;
-    weight_product(dh, stride, outputs, depth, x, static_cast<C*>(partial) + index * outputs * kBlockColumns<P>, add);
-  }
-  Product<P>::end();
-}
-
-template <class T, class P>
-void reduce_weight(const GatedConvArgs& args, const void* partials, int64_t count, void* value_dweight, void* gate_dweight, int64_t begin,
-                   int64_t end) {
-  using C = Arithmetic<P>;
-  constexpr int W = Product<P>::kLanes;
-  const int64_t elements = partial_elements<P>(args), columns = x_column_blocks<P>(args.c_in);
-  const Interleaved<C> of_taps(args.taps);
-  for (int64_t row = begin; row < end; row++) {
-    const bool is_gate = row >= args.c_out;
-    const int64_t output = is_gate ? row - args.c_out : row, dh_row = is_gate ? args.dh_half + output : output;
-    T* to = static_cast<T*>(is_gate ? gate_dweight : value_dweight) + output * args.c_in * args.taps;
-    for (int64_t column = 0; column < args.c_in; column += W) {
-      of_taps.store(to + column * args.taps, min<int64_t>(W, args.c_in - column), [&](int64_t tap) {
-        const int64_t block = tap * columns + column / kBlockColumns<P>;
-        const C* from =
-            static_cast<const C*>(partials) + (block * 2 * args.dh_half + dh_row) * kBlockColumns<P> + column % kBlockColumns<P>;
-        Vec<C> sum = load(from);
-        for (int64_t p = 1; p < count; p++) sum += load(from + p * elements);
-        return sum;
-      });
-    }
-  }
-}
-
 }  // namespace
 
 template <class T, class P>
@@ -313,13 +242,9 @@ void add_gated_conv_backward(GatedConvKernels& table) {
   table.reduce_sums = reduce_sums<T, P>;
   table.packed_transposed_bytes = packed_transposed_bytes<P>;
   table.pack_transposed = pack_transposed<T, P>;
-  table.backward_input_scratch = backward_input_scratch<P>;
+  table.backward_input_bytes = backward_input_bytes<P>;
+  table.prepare_backward_input = prepare_backward_input<P>;
   table.backward_input = backward_input<T, P>;
-  table.weight_column_blocks = weight_column_blocks<P>;
-  table.partial_elements = partial_elements<P>;
-  table.backward_weight_scratch = backward_weight_scratch<T, P>;
-  table.backward_weight = backward_weight<T, P>;
-  table.reduce_weight = reduce_weight<T, P>;
 }
 
 PYKERNELS_INSTANTIATE(add_gated_conv_backward, GatedConvKernels)

@@ -133,17 +133,16 @@ struct OutputTile {
 };
 
 template <class T, class P>
-void forward(const LoraLinearArgs& args, const void* packed, int64_t first, int64_t count, int64_t begin, int64_t end, void* memory) {
+void forward(const LoraLinearArgs& args, const void* packed, int64_t first, int64_t count, int64_t begin, int64_t end,
+             const void* prepared) {
   using C = Arithmetic<P>;
-  Scratch scratch(memory);
   const int64_t depth = panel_width<P>(args.in);
-  P* panel = scratch.take<P>(round_up(count, Product<P>::kRowPad) * panel_stride<P>(depth));
-  const Tap<P> x = row_operand<P>(panel, static_cast<const T*>(args.x), args.x_row, args.in, args.rows, first, count);
   const auto make = [&](int64_t block, int64_t row, const C* acc) {
     return OutputTile<T, C>(args, first + row, block * kBlockColumns<P>, acc, kLanes<C>, Product<P>::kRows * kLanes<C>);
   };
   Product<P>::begin();
-  for_each_tile(&x, 1, count, depth, static_cast<const P*>(packed), tap_weights<P>(depth), begin, end, make);
+  for_each_tile(static_cast<const Tap<P>*>(prepared), 1, count, depth, static_cast<const P*>(packed), tap_weights<P>(depth), begin, end,
+                make);
   Product<P>::end();
 }
 
@@ -177,7 +176,8 @@ void add_lora_linear_forward(LoraLinearKernels& table) {
   table.packed_bytes = packed_bytes<P>;
   table.pack = pack<T, P>;
   table.pack_transposed = pack_transposed<T, P>;
-  table.product_scratch = product_scratch<P>;
+  table.prepared_bytes = prepared_bytes<P>;
+  table.prepare = prepare<T, P>;
   table.forward = forward<T, P>;
   table.few_scratch = few_scratch<C>;
   table.forward_few = forward_few<T, P>;

@@ -67,8 +67,11 @@ struct LoraLinearKernels {
   int64_t (*column_blocks)(int64_t columns);
   int64_t (*packed_bytes)(int64_t depth);  // of one of them
   void (*pack)(const LoraLinearArgs&, void* packed, int64_t begin, int64_t end);
-  int64_t (*product_scratch)(int64_t rows, int64_t depth);
-  void (*forward)(const LoraLinearArgs&, const void* packed, int64_t first, int64_t count, int64_t begin, int64_t end, void* scratch);
+  // Rows of x, or of dy, as products take them, whichever the columns: of [total, columns] at distance row_stride.
+  int64_t (*prepared_bytes)(int64_t rows, int64_t columns);
+  void (*prepare)(const void* data, int64_t row_stride, int64_t columns, int64_t total, int64_t first, int64_t count, void* prepared);
+  void (*forward)(const LoraLinearArgs&, const void* packed, int64_t first, int64_t count, int64_t begin, int64_t end,
+                  const void* prepared);
   // The same for all rows and outputs [begin, end), a multiple of 32 but for the last: few rows, and weights as they lie.
   int64_t (*few_scratch)(int64_t rows, int64_t depth, int64_t outputs);
   void (*forward_few)(const LoraLinearArgs&, int64_t begin, int64_t end, void* scratch);
@@ -78,7 +81,7 @@ struct LoraLinearKernels {
   void (*backward_adapters)(const LoraLinearArgs&, int64_t first, int64_t count, void* partial, bool want_a, bool want_b, bool want_bias);
   void (*pack_transposed)(const LoraLinearArgs&, void* packed, int64_t begin, int64_t end);
   void (*backward_input)(const LoraLinearArgs&, const void* packed, int64_t first, int64_t count, int64_t begin, int64_t end,
-                         void* scratch);
+                         const void* prepared);
   void (*backward_input_few)(const LoraLinearArgs&, int64_t begin, int64_t end, void* scratch);
   // Partial weight gradients [out, in] over column blocks [begin, end) of x, and their sum for rows [begin, end) of dweight.
   int64_t (*weight_partial_elements)(const LoraLinearArgs&);

@@ -147,17 +147,15 @@ struct InputTile {
 
 template <class T, class P>
 void backward_input(const LoraLinearArgs& args, const void* packed, int64_t first, int64_t count, int64_t begin, int64_t end,
-                    void* memory) {
+                    const void* prepared) {
   using C = Arithmetic<P>;
-  Scratch scratch(memory);
   const int64_t depth = panel_width<P>(args.out);
-  P* panel = scratch.take<P>(round_up(count, Product<P>::kRowPad) * panel_stride<P>(depth));
-  const Tap<P> dy = row_operand<P>(panel, static_cast<const T*>(args.dy), args.dy_row, args.out, args.rows, first, count);
   const auto make = [&](int64_t block, int64_t row, const C* acc) {
     return InputTile<T, C>{&args, first + row, block * kBlockColumns<P>, acc, kLanes<C>, Product<P>::kRows * kLanes<C>};
   };
   Product<P>::begin();
-  for_each_tile(&dy, 1, count, depth, static_cast<const P*>(packed), tap_weights<P>(depth), begin, end, make);
+  for_each_tile(static_cast<const Tap<P>*>(prepared), 1, count, depth, static_cast<const P*>(packed), tap_weights<P>(depth), begin, end,
+                make);
   Product<P>::end();
 }
 

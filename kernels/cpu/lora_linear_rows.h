@@ -54,20 +54,26 @@ PYKERNELS_INLINE void in_groups(const LoraLinearArgs& args, int64_t begin, int64
 }
 
 template <class P>
-int64_t product_scratch(int64_t rows, int64_t depth) {
-  return Scratch::bytes<P>(round_up(rows, Product<P>::kRowPad) * panel_stride<P>(panel_width<P>(depth)));
+int64_t prepared_bytes(int64_t rows, int64_t columns) {
+  return Scratch::bytes<Tap<P>>(1) + Scratch::bytes<P>(round_up(rows, Product<P>::kRowPad) * panel_stride<P>(panel_width<P>(columns)));
 }
 
 // Rows [first, first + count) of a matrix with `total` rows as the A of a product: in place where they can be read as they lie.
-template <class P, class T>
-Tap<P> row_operand(P* panel, const T* data, int64_t row_stride, int64_t columns, int64_t total, int64_t first, int64_t count) {
-  const int64_t width = panel_width<P>(columns), read = round_up(count, Product<P>::kRowPad);
+template <class T, class P>
+void prepare(const void* from, int64_t row_stride, int64_t columns, int64_t total, int64_t first, int64_t count, void* memory) {
+  const T* data = static_cast<const T*>(from);
+  const int64_t width = panel_width<P>(columns), stride = panel_stride<P>(width), read = round_up(count, Product<P>::kRowPad);
+  Scratch scratch(memory);
+  Tap<P>& to = *scratch.take<Tap<P>>(1);
   if constexpr (__is_same(T, P)) {
-    if (columns == width && !rows_collide<P>(row_stride) && first + read <= total) return {data + first * row_stride, row_stride, 0};
+    if (columns == width && !rows_collide<P>(row_stride) && first + read <= total) {
+      to = {data + first * row_stride, row_stride, 0};
+      return;
+    }
   }
-  const int64_t stride = panel_stride<P>(width);
+  P* panel = scratch.take<P>(read * stride);
   gather_rows(panel, stride, width, Rows<T>{data, row_stride, 1, columns, total, nullptr}, first, read);
-  return {panel, stride, 0};
+  to = {panel, stride, 0};
 }
 
 // ---- few rows: weights as they lie --------------------------------------------------------------------------------------------------
