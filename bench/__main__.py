@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,8 +92,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _settings(tier: str) -> dict[str, str]:
-    return {"PYKERNELS_CPU_TIER": tier, **BASELINE_CAPS[tier]}
+def settings(tier: str) -> dict[str, str]:
+    """The environment in which a tier is measured."""
+    # torch.compile's cache does not tell instruction sets apart: code for AVX2, built for AVX-512, writes past tensors.
+    cache = Path(tempfile.gettempdir()) / f"pykernels_bench_{os.getuid()}" / tier
+    return {"PYKERNELS_CPU_TIER": tier, "TORCHINDUCTOR_CACHE_DIR": str(cache), **BASELINE_CAPS[tier]}
 
 
 def _on_cuda(
@@ -153,8 +157,8 @@ def main(argv: Sequence[str]) -> int:
         p.error(f"operator: want one of {', '.join(known)}, got {unknown[0]!r}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         p.error("--plot needs matplotlib: pip install matplotlib")
-    if args.tier and any(os.environ.get(name) != value for name, value in _settings(args.tier).items()):
-        os.execve(sys.executable, [sys.executable, "-m", "bench", *argv], os.environ | _settings(args.tier))
+    if args.tier and any(os.environ.get(name) != value for name, value in settings(args.tier).items()):
+        os.execve(sys.executable, [sys.executable, "-m", "bench", *argv], os.environ | settings(args.tier))
 
     if args.model:
         return _model(p, args, [known[name] for name in args.operator or known], argv)
