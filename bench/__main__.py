@@ -24,7 +24,7 @@ BASELINE_CAPS = {
 
 EXAMPLES = """\
 examples:
-  python -m bench --quick                            the telling cases, about 10 minutes on two cores
+  python -m bench --quick                            the telling cases, about 12 minutes on two cores
   python -m bench                                    everything, half an hour and more
   python -m bench gated_conv --dtype bf16            one operator, one dtype
   python -m bench dgcnn_extractor --quick --list     which cases these are
