@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pykernels import _extension, gated_conv1d
-from tests.gated_conv_cases import Case, check_case, evaluate
-from tests.helpers import LAYOUTS, assert_equal, by_precision
+from tests.gated_conv_cases import Case, check_case, evaluate, problem
+from tests.helpers import LAYOUTS, assert_equal, assert_equal_over_runs_and_threads, by_precision
 
 _C = _extension._C
 
@@ -59,6 +59,21 @@ def test_layouts_and_neighbours_full_of_nan(layout: str) -> None:
     laid_out = inputs | {"x": LAYOUTS[layout](inputs["x"]), "weight": LAYOUTS[layout](inputs["weight"])}
     plain = {name: t.contiguous() for name, t in laid_out.items()}
     assert_equal(evaluate(laid_out, case.dy, backend="cpu"), evaluate(plain, case.dy, backend="cpu"), layout)
+
+
+def test_threads() -> None:
+    """#14, #27: rows prepared before the shares of columns and by each; weight gradients with and without partial sums."""
+    for case in (
+        Case(B=2, L=40, C_in=300, C_out=300, K=7, rows="mask", cond="one", gate_dropout=0.1),
+        Case(B=1, L=300, C_in=40, C_out=40),
+    ):
+        p = problem(case, torch.bfloat16)
+        p.check(evaluate(p.inputs, case.dy, **p.options, backend="cpu"))
+        assert_equal_over_runs_and_threads(
+            lambda p=p: evaluate(p.inputs, p.case.dy, **p.options, backend="cpu"),
+            lambda p=p: evaluate(p.inputs, None, **p.options, backend="cpu"),
+            runs=2,
+        )
 
 
 def test_tiles_of_one_tier_give_the_product_of_the_other() -> None:

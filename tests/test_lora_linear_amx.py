@@ -66,9 +66,14 @@ def test_layouts_and_neighbours_full_of_nan(layout: str) -> None:
     assert_equal(evaluate(laid_out, case.dy, backend="cpu"), evaluate(plain, case.dy, backend="cpu"), layout)
 
 
-def test_threads() -> None:
-    """#14, #27: epilogues that run between the tile products of the next tile."""
-    p = problem(LoraCase(leading=(150,), K=70, N=100, R=9, dropout=0.2), torch.bfloat16)
+@pytest.mark.parametrize(
+    "case",
+    [LoraCase(leading=(150,), K=70, N=100, R=9, dropout=0.2), LoraCase(leading=(70,), K=1024, N=700, R=2)],
+    ids=["epilogues that run between the products of the next tile", "rows prepared for several groups of columns"],
+)
+def test_threads(case: LoraCase) -> None:
+    """#14, #27"""
+    p = problem(case, torch.bfloat16)
     assert_equal_over_runs_and_threads(
         lambda: evaluate(p.inputs, p.case.dy, **p.options, backend="cpu"),
         lambda: evaluate(p.inputs, None, **p.options, backend="cpu"),
