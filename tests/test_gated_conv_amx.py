@@ -62,7 +62,7 @@ def test_layouts_and_neighbours_full_of_nan(layout: str) -> None:
 
 
 def test_threads() -> None:
-    """#14, #27: rows prepared before the shares of columns and by each; weight gradients with and without partial sums."""
+    """#14, #27: rows prepared before the shares of columns or by each, weight gradients by parts or whole."""
     for case in (
         Case(B=2, L=40, C_in=300, C_out=300, K=7, rows="mask", cond="one", gate_dropout=0.1),
         Case(B=1, L=300, C_in=40, C_out=40),
